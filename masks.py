@@ -1,0 +1,134 @@
+"""Gates that learn which heads and layers to keep (structured pruning).
+
+One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is exactly 0 or exactly 1 most of
+the time, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A Lagrangian steers the expected
+sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the end one global choice turns the
+probabilities into a 0/1 structure of exactly the size that was asked for.
+
+This file imports nothing but torch and math: copy it into your own project. Left out on purpose: gates on single neurons
+and on the embedding width, and pruning without a size target (a bare L0 penalty).
+
+Letters in shape comments: L layers, H heads per layer.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizos et al. 2018)
+LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: beyond that, sigmoid is flat and a gate could never come back
+INIT = 2.5  # every gate starts here: the deterministic gate is exactly 1, and P(open) is 0.98
+
+
+class Z(NamedTuple):
+    """One number in [0, 1] per prunable unit: a gate value, or the probability that the gate is open."""
+
+    head: torch.Tensor  # (L, H), the gate of the attention sublayer already multiplied in
+    ffn: torch.Tensor  # (L,)
+
+
+def sample_z(log_alpha, generator=None):
+    """Sample hard-concrete gates (Louizos et al. 2018). Shape in = shape out; exact 0s and exact 1s have positive mass."""
+    u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
+
+
+def prob_open(log_alpha):
+    """P(z > 0) in (0, 1), the summand of the L0 penalty (Louizos et al. 2018). Shape in = shape out."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+def deterministic_z(log_alpha):
+    """The gate used for evaluation: stretched, clipped sigmoid, not divided by BETA, as in Louizos et al. 2018."""
+    return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class Gates(nn.Module):
+    """The gates of a whole transformer: per layer H head gates, one attention gate, one feed-forward gate."""
+
+    def __init__(self, n_layer, n_head):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.full((n_layer, n_head + 2), INIT))  # (L, H + 2)
+        self.lambdas = nn.Parameter(torch.zeros(2))  # multipliers of the Lagrangian; maximised, not minimised
+
+    def effective(self, gate):
+        """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities. Returns a Z."""
+        head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
+        return Z(head * attn, ffn)
+
+    def sample(self, generator=None):
+        return self.effective(sample_z(self.log_alpha, generator))
+
+    def deterministic(self):
+        return self.effective(deterministic_z(self.log_alpha))
+
+    def prob_open(self):
+        """P(open) of every unit as a Z; the gates of a head and of its sublayer are independent, so they multiply."""
+        return self.effective(prob_open(self.log_alpha))
+
+    @torch.no_grad()
+    def clamp_(self):
+        """Call after every optimiser step."""
+        self.log_alpha.clamp_(-LIMIT, LIMIT)
+
+
+def sparsity(z, head_size, ffn_size):
+    """Fraction of the prunable parameters that is gone, in [0, 1], when unit i is there with weight (or probability) z_i.
+
+    head_size, ffn_size: parameters of one head (its slice of Q, K, V and output) and of one feed-forward sublayer.
+    With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one that counts.
+    """
+    total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
+    return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
+
+
+def sparsity_at(step, sparsity, prune_start, prune_ramp):
+    """Sparsity wanted at `step`: 0 up to prune_start, then a straight line that reaches `sparsity` prune_ramp steps later."""
+    return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
+
+
+def lagrangian(expected, wanted, lambdas):
+    """lambda1 (s - t) + lambda2 (s - t)^2 (Wang et al. 2020): minimise it over log_alpha, maximise it over the lambdas.
+
+    A negative value is normal: after an overshoot (s > t with lambda1 < 0) the term rewards opening gates again.
+    """
+    gap = expected - wanted
+    return lambdas[0] * gap + lambdas[1] * gap**2
+
+
+def max_sparsity(n_layer, n_head, head_size, ffn_size):
+    """The largest expected sparsity that gates clamped at -LIMIT can reach; a larger target can never be met."""
+    gates = Gates(n_layer, n_head)
+    nn.init.constant_(gates.log_alpha, -LIMIT)
+    return sparsity(gates.prob_open(), head_size, ffn_size).item()
+
+
+def steps_to_close(gate_lr):
+    """Optimiser steps that Adam, which moves a gate by at most about gate_lr a step, needs to close it from INIT."""
+    return math.ceil((INIT + LIMIT) / gate_lr)
+
+
+@torch.no_grad()
+def select(prob, sparsity, head_size, ffn_size):
+    """Turn probabilities into a 0/1 structure: keep units by P(open), most probable first, as long as they fit.
+
+    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the asked one, and exceeds it by
+    less than the size of any unit that was dropped. One global choice, unlike rounding layer by layer, cannot miss the budget.
+
+    The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is as large as
+    many heads, so that under a tight budget a purely greedy choice fills up with heads and may drop all of them at once.
+    """
+    n_heads = prob.head.numel()
+    p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
+    size = [head_size] * n_heads + [ffn_size] * prob.ffn.numel()
+    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 absorbs float rounding
+    keep = torch.zeros_like(p)
+    first = n_heads + prob.ffn.argmax().item()
+    for i in [first] + [j for j in p.argsort(descending=True, stable=True).tolist() if j != first]:
+        if size[i] <= room:
+            keep[i] = 1
+            room -= size[i]
+    return Z(keep[:n_heads].view_as(prob.head), keep[n_heads:])

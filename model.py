@@ -1,0 +1,171 @@
+"""A pre-norm transformer encoder for text classification, from scratch, whose heads and layers can be gated and cut out.
+
+The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has, `Config.ffn`
+whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a smaller instance.
+The projections have no bias, so a closed unit contributes exactly nothing (and pre-norm keeps the network continuous
+at z = 0). Left out on purpose: pretrained weights, subword tokens, causal attention.
+
+Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head size.
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PAD, UNK, SEP = 0, 1, 2  # ids of padding, unknown word, boundary between two texts
+SPECIAL = ["<pad>", "<unk>", "<sep>"]
+WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
+
+
+@dataclass
+class Config:
+    """Everything that determines a tensor shape."""
+
+    n_vocab: int
+    max_length: int  # tokens; longer texts are cut
+    d_model: int
+    d_head: int
+    heads: list  # (L,) number of heads in each layer, 0 = no attention sublayer
+    ffn: list  # (L,) 1 or 0: has the layer a feed-forward sublayer?
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); a sublayer that was cut away is the identity."""
+
+    def __init__(self, d_model, d_head, n_head, has_ffn):
+        super().__init__()
+        self.n_head, self.d_head, self.has_ffn = n_head, d_head, has_ffn
+        if n_head:
+            self.attn_norm = nn.LayerNorm(d_model)
+            self.qkv = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
+            self.out = nn.Linear(n_head * d_head, d_model, bias=False)
+        if has_ffn:
+            self.ffn_norm = nn.LayerNorm(d_model)
+            self.up = nn.Linear(d_model, 4 * d_model, bias=False)
+            self.down = nn.Linear(4 * d_model, d_model, bias=False)
+
+    def attention(self, x, attn_mask, z):
+        """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H,) head gates or None."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.attn_norm(x)).view(B, T, 3, self.n_head, self.d_head).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, T, D)
+        if z is not None:
+            y = y * z.view(-1, 1, 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+    def feed_forward(self, x):
+        return self.down(F.relu(self.up(self.ffn_norm(x))))  # (B, T, C)
+
+
+class GatedTransformer(nn.Module):
+    """Transformer encoder with one linear classifier per task.
+
+    vocab: words in order of id, the three SPECIAL ones first. labels: task name -> list of label names.
+    """
+
+    def __init__(self, config, vocab, labels):
+        super().__init__()
+        self.config, self.vocab, self.labels = config, vocab, labels
+        self.word_id = {word: i for i, word in enumerate(vocab)}
+        self.token = nn.Embedding(config.n_vocab, config.d_model)
+        self.position = nn.Embedding(config.max_length, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config.d_model, config.d_head, n, f) for n, f in zip(config.heads, config.ffn)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+        self.classifier = nn.ModuleDict({task: nn.Linear(config.d_model, len(names)) for task, names in labels.items()})
+        nn.init.normal_(self.token.weight, std=0.1)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def forward(self, ids, task, z=None, drop=None):
+        """Class scores of a batch.
+
+        ids: (B, T) word ids, PAD on the right. z: gates (z.head (L, H), z.ffn (L,)), None = all open.
+        drop: dropout factors (B, 2L + 1, C) from `dropout_noise`, None = no dropout. Returns logits (B, number of labels).
+        """
+        B, T = ids.shape
+        real = ids != PAD  # (B, T)
+        attn_mask = None if bool(real.all()) else real.view(B, 1, 1, T)
+        drop = [1.0] * (2 * len(self.blocks) + 1) if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
+        x = (self.token(ids) + self.position.weight[:T]) * drop[-1]  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            if block.n_head:
+                x = x + block.attention(x, attn_mask, None if z is None else z.head[i]) * drop[2 * i]
+            if block.has_ffn:
+                x = x + block.feed_forward(x) * (drop[2 * i + 1] if z is None else drop[2 * i + 1] * z.ffn[i])
+        x = self.norm(x) * real.unsqueeze(2)
+        return self.classifier[task](x.sum(1) / real.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def predict(self, texts):
+        """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on pairs of texts."""
+        ids = [torch.tensor([self.word_id.get(w, UNK) for w in words(t, self.config.max_length)]) for t in texts]
+        names = []
+        for chunk in (ids[i : i + 64] for i in range(0, len(ids), 64)):
+            logits = self(nn.utils.rnn.pad_sequence(chunk, batch_first=True).to(self.norm.weight.device), "target")
+            names += [self.labels["target"][i] for i in logits.argmax(1).tolist()]
+        return names
+
+    def save(self, path):
+        """Write weights, shapes, vocabulary and label names to one file."""
+        parts = {"config": asdict(self.config), "vocab": self.vocab, "labels": self.labels, "state": self.state_dict()}
+        torch.save(parts, path)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote, on the CPU. Executes no code from the file (weights_only)."""
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+        model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
+        model.load_state_dict(parts["state"])
+        return model
+
+
+def words(text, max_length):
+    """Lower-case words and punctuation marks of a text, or of a tuple of texts with <sep> between them.
+
+    Returns at least one and at most max_length strings, shared fairly between the texts. Reads no further than 32
+    characters a word, so that a text of many megabytes costs no more than a long one.
+    """
+    parts = (text,) if isinstance(text, str) else text
+    limit = max(1, (max_length - len(parts) + 1) // len(parts))
+    found = [WORD.findall(part[: 32 * limit].lower())[:limit] for part in parts]
+    return [w for part in found for w in [SPECIAL[SEP], *part]][1:] or [SPECIAL[UNK]]
+
+
+def dropout_noise(model, batch_size, p, generator):
+    """Dropout factors (B, 2L + 1, C), 0 or 1 / (1 - p), for every sublayer's output and for the embeddings.
+
+    One draw serves all tokens of an example (Gal and Ghahramani 2016): T times fewer random numbers, and the noise of
+    an example depends neither on padding nor on its neighbours in the batch.
+    """
+    shape = (batch_size, 2 * len(model.blocks) + 1, model.config.d_model)
+    return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def prunable(model):
+    """Number of prunable parameters: the attention and feed-forward matrices; no embeddings, norms or classifiers."""
+    return sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+
+
+@torch.no_grad()
+def extract(model, z):
+    """A physically smaller model that computes what `model` computes under the gates z.
+
+    z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied into the
+    output projections. All heads of a layer closed means that the layer has no attention any more.
+    """
+    D, state = model.config.d_head, model.state_dict()
+    for i in range(len(model.blocks)):
+        keep = z.head[i].nonzero().squeeze(1)
+        qkv = state[f"blocks.{i}.qkv.weight"].unflatten(0, (3, -1, D))  # (3, H, D, C)
+        out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z.head[i].view(-1, 1)  # (C, H, D)
+        state[f"blocks.{i}.qkv.weight"] = qkv[:, keep].flatten(0, 2)
+        state[f"blocks.{i}.out.weight"] = out[:, keep].flatten(1)
+        state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z.ffn[i]
+    heads, ffn = (z.head > 0).sum(1).tolist(), (z.ffn > 0).long().tolist()
+    small = GatedTransformer(replace(model.config, heads=heads, ffn=ffn), model.vocab, model.labels)
+    small.load_state_dict({name: state[name] for name in small.state_dict()})
+    return small.to(model.norm.weight.device)

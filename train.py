@@ -1,0 +1,328 @@
+"""Prune a small transformer for one task while a second task helps: the whole run, readable from top to bottom.
+
+    python train.py --aux_weight 0.5 --transfer_start 1000                  # built-in pair of tasks, no download
+    python train.py --aux_weight 0                                          # the same without transfer
+    python train.py --target path/to/mine --aux path/to/other               # folders with train.jsonl, validation.jsonl, ...
+    python train.py --target nyu-mll/glue:rte --aux nyu-mll/glue:mnli       # data sets of the hub, with configuration
+
+    0 ............ prune_start ....... prune_start+prune_ramp ....... steps-finetune_steps ....... steps
+    dense training | sparsity target rises | held at the target      | structure fixed, fine-tune  |
+         transfer_start ........................................ transfer_stop
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_close
+from model import Config, GatedTransformer, dropout_noise, extract, prunable
+from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
+
+EVAL_EVERY = 100  # steps between two evaluations on the validation split
+WARMUP = 100  # steps in which the learning rate rises to its full value
+LAMBDA_LR = 0.1  # learning rate of the two multipliers
+
+
+def keep_freed_memory():
+    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a quarter of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def parse_args(argv=None):
+    """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises InputError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    add = parser.add_argument
+    # data
+    add("--target", default="reviews:restaurant", help="task to solve: built in, hub name[:configuration], folder or file")
+    add("--aux", default="reviews:film", help="task that helps, named in the same way; none = no second task")
+    add("--text_columns", nargs="+", help="one or two text columns of the target (and of the auxiliary task if it has them)")
+    add("--label_column", nargs="+", help="label column of the target, and of the auxiliary task if it has another name")
+    add("--n_target", type=int, default=200, help="labelled target examples to train on, >= 2; 0 = all")
+    add("--max_length", type=int, default=64, help="words of a text that are read, 1 to 4096")
+    add("--vocab_size", type=int, default=10000, help="most frequent words of the training texts that are known, >= 4")
+    # model
+    add("--n_layer", type=int, default=4, help="layers, >= 1")
+    add("--n_head", type=int, default=4, help="attention heads per layer, >= 1")
+    add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
+    add("--dropout", type=float, default=0.1, help="dropout probability, in [0, 1)")
+    # pruning
+    add("--sparsity", type=float, default=0.7, help="fraction of the prunable weights to remove, in [0, reachable); 0 = none")
+    add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
+    add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
+    add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed")
+    # transfer
+    add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
+    add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
+    add("--transfer_stop", type=int, default=None, help="when: first step without it again; default: never")
+    add("--target_start", type=int, default=0, help="when: first step with the target loss")
+    add("--coupling", choices=["sum", "project"], default="sum", help="how: add the gradients, or project conflicts away")
+    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what the auxiliary gradient may touch")
+    # optimization
+    add("--steps", type=int, default=3000, help="optimizer steps in all, >= 1")
+    add("--batch_size", type=int, default=32, help="examples of each task per step, >= 1")
+    add("--lr", type=float, default=1e-3, help="learning rate of the weights, > 0")
+    add("--gate_lr", type=float, default=0.05, help="learning rate of the gates, > 0: about the most a gate moves per step")
+    add("--weight_decay", type=float, default=0.01, help="decay of the weight matrices, >= 0; gates are never decayed")
+    # run
+    add("--seed", type=int, default=0, help="training subset, initialisation, order and noise follow from it, >= 0")
+    add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args(argv)
+
+
+def fail(message):
+    raise InputError(message)
+
+
+def check(args):
+    """Raise InputError, with the reason, for settings that cannot work."""
+    low = {"max_length": 1, "vocab_size": 4, "n_layer": 1, "n_head": 1, "d_model": 1, "prune_ramp": 1, "steps": 1}
+    low |= {"batch_size": 1, "n_target": 0, "prune_start": 0, "finetune_steps": 0, "transfer_start": 0, "target_start": 0}
+    low |= {"dropout": 0, "sparsity": 0, "aux_weight": 0, "weight_decay": 0, "lr": 1e-9, "gate_lr": 1e-9, "seed": 0}
+    for name, least in low.items():
+        if not least <= getattr(args, name) < float("inf"):
+            fail(f"{name} must be at least {least}, not {getattr(args, name)}")
+    if args.dropout >= 1:
+        fail(f"dropout must be below 1, not {args.dropout}")
+    if args.d_model % args.n_head:
+        fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
+    reachable = max_sparsity(args.n_layer, args.n_head, *unit_sizes(args))
+    if args.sparsity >= reachable:
+        fail(f"sparsity must be below {reachable:.3f}, the most that gates of this network can reach, not {args.sparsity}")
+    if args.sparsity:
+        window = args.steps - args.finetune_steps - args.prune_start
+        if args.prune_ramp > window:
+            fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
+        if steps_to_close(args.gate_lr) > window:
+            fail(f"closing a gate takes {steps_to_close(args.gate_lr)} steps at gate_lr {args.gate_lr}, but only {window}"
+                 " steps lie between prune_start and fine-tuning")
+
+
+def unit_sizes(args):
+    """Parameters of one head and of one feed-forward sublayer."""
+    return 4 * args.d_model * (args.d_model // args.n_head), 8 * args.d_model**2
+
+
+def make_optimizer(model, gates, args):
+    """One fused AdamW: matrices are decayed, gates never are, and the multipliers go uphill."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay},
+        {"params": vectors, "lr": args.lr},
+        {"params": [gates.log_alpha], "lr": args.gate_lr},
+        {"params": [gates.lambdas], "lr": LAMBDA_LR, "maximize": True},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+
+
+def lr_at(step, args):
+    """Learning rate of the weights: linear warm-up, constant, linear to zero over the fine-tuning steps."""
+    left = (args.steps - step) / max(args.finetune_steps, 1)
+    return args.lr * min((step + 1) / WARMUP, 1, left)
+
+
+def phase_at(step, args):
+    """Name of the phase that `step` belongs to."""
+    if step >= args.steps - args.finetune_steps:
+        return "finetune"
+    return "prune" if args.sparsity and step >= args.prune_start else "dense"
+
+
+def stream(task, args):
+    """Seed of everything random about one task; it differs between tasks and between runs."""
+    return 2 * args.seed + (task == "auxiliary")
+
+
+def task_loss(model, gates, task, examples, order, step, args):
+    """Cross-entropy (nats per example) of one task's batch of this step, with noise of its own.
+
+    gates: None when every unit is open. Order and noise depend on (seed, step, task) alone: never on the other task.
+    """
+    generator = torch.Generator(args.device).manual_seed(stream(task, args) * 10_000_019 + step)
+    ids, labels = examples.batch(order(step), args.device)
+    z = None if gates is None else gates.sample(generator)
+    drop = dropout_noise(model, len(ids), args.dropout, generator) if args.dropout else None
+    return F.cross_entropy(model(ids, task, z, drop), labels)
+
+
+def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
+    """Fill .grad of every parameter with the coupled gradients. loss_aux: already weighted, None = no transfer now."""
+    for p in [*model.parameters(), *gates.parameters()]:
+        p.grad = None
+    if loss_target.requires_grad or penalty.requires_grad:
+        (loss_target + penalty).backward()
+    if loss_aux is not None:
+        weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
+        shared = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
+        own = list(model.classifier["auxiliary"].parameters())
+        g_aux = torch.autograd.grad(loss_aux, shared + own, materialize_grads=True)
+        g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
+        update = couple(g_target, g_aux[: len(shared)], args.coupling) + list(g_aux[len(shared) :])
+        for p, g in zip(shared + own, update):
+            p.grad = g
+
+
+@torch.no_grad()
+def evaluate(model, examples, z, device):
+    """Accuracy, macro-averaged F1 and mean cross-entropy (nats) of the target task. z: gates or None."""
+    order = np.argsort(np.diff(examples.start), kind="stable")  # texts of equal length together: little padding
+    logits, labels = [], []
+    for index in np.array_split(order, max(1, len(order) // 256)):
+        ids, y = examples.batch(index, device)
+        logits.append(model(ids, "target", z))
+        labels.append(y)
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    predicted = logits.argmax(1)
+    f1 = []
+    for c in torch.cat([predicted, labels]).unique():
+        hit = ((predicted == c) & (labels == c)).sum()
+        f1.append((2 * hit / ((predicted == c).sum() + (labels == c).sum())).item())
+    accuracy = (predicted == labels).float().mean().item()
+    return accuracy, sum(f1) / len(f1), F.cross_entropy(logits, labels).item()
+
+
+@torch.no_grad()
+def latency_ms(models, ids, repeats=50):
+    """Median milliseconds of a forward pass of ids (B, T), for each model; the models take turns."""
+    times = [[] for _ in models]
+    for _ in range(repeats):
+        for model, seconds in zip(models, times):
+            start = time.perf_counter()
+            model(ids, "target").cpu()
+            seconds.append(time.perf_counter() - start)
+    return [1000 * statistics.median(seconds) for seconds in times]
+
+
+def train(args):
+    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json holds."""
+    keep_freed_memory()
+    # ---- settings and data: everything that can be refused is refused before anything is written
+    check(args)
+    began = time.time()
+    stop = args.steps if args.transfer_stop is None else args.transfer_stop
+    data = prepare(args.target, args.aux, args.n_target, args.max_length, args.vocab_size, args.text_columns,
+                   args.label_column, args.seed)
+    os.makedirs(args.out_dir, exist_ok=True)
+    history = open(os.path.join(args.out_dir, "history.jsonl"), "w")
+    print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
+          f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
+    if data.aux:
+        print(f"{args.aux}: {len(data.aux.label)} auxiliary examples")
+    print(*(f"note: {note}" for note in data.notes), sep="\n")
+
+    # ---- model and gates
+    torch.manual_seed(args.seed)
+    d_head = args.d_model // args.n_head
+    config = Config(len(data.vocab), args.max_length, args.d_model, d_head, [args.n_head] * args.n_layer, [1] * args.n_layer)
+    model = dense = GatedTransformer(config, data.vocab, data.labels).to(args.device)
+    gates = Gates(args.n_layer, args.n_head).to(args.device)
+    sizes = unit_sizes(args)
+    structure = Z(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))
+    optimizer = make_optimizer(model, gates, args)
+    order = {"target": batch_order(data.train, args.batch_size, stream("target", args))}
+    if data.aux:
+        order["auxiliary"] = batch_order(data.aux, args.batch_size, stream("auxiliary", args))
+    best, expected = None, torch.zeros(())
+
+    # ---- the loop
+    bar = tqdm(range(args.steps), disable=None)
+    for step in bar:
+        phase = phase_at(step, args)
+        pruning = phase == "prune"
+        if args.sparsity and step == args.steps - args.finetune_steps:  # the structure is chosen and cut out
+            structure = select(gates.prob_open(), args.sparsity, *sizes)
+            model = extract(dense, structure)
+            optimizer = make_optimizer(model, gates, args)
+        for group in optimizer.param_groups[:2]:
+            group["lr"] = lr_at(step, args)
+
+        # the objective: target loss + Lagrangian, and the weighted auxiliary loss
+        active = gates if pruning else None
+        aux_weight = aux_weight_at(step, args.aux_weight, args.transfer_start, stop) if data.aux else 0.0
+        loss_target = loss_aux = penalty = torch.zeros(())
+        if step >= args.target_start:
+            loss_target = task_loss(model, active, "target", data.train, order["target"], step, args)
+        if aux_weight:
+            loss_aux = task_loss(model, active, "auxiliary", data.aux, order["auxiliary"], step, args)
+        if pruning:
+            expected = sparsity(gates.prob_open(), *sizes)
+            wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
+            penalty = lagrangian(expected, wanted, gates.lambdas)
+        backward(model, gates, pruning, loss_target, penalty, aux_weight * loss_aux if aux_weight else None, args)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        gates.clamp_()
+
+        if step % 10 == 0:
+            bar.set_description(f"{phase:8s}")
+            bar.set_postfix_str(f"target {loss_target:.3f} aux {loss_aux:.3f} lagrangian {penalty:+.3f} "
+                                f"sparsity {expected:.3f}", refresh=False)
+        if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
+            z = gates.deterministic() if pruning else None
+            accuracy, f1, loss = evaluate(model, data.validation, z, args.device)
+            row = {"step": step + 1, "phase": phase, "loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,
+                   "aux_weight": aux_weight, "lambda1": gates.lambdas[0], "lambda2": gates.lambdas[1],
+                   "wanted_sparsity": sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp),
+                   "expected_sparsity": expected, "validation_accuracy": accuracy, "validation_loss": loss}
+            history.write(json.dumps({k: v if isinstance(v, (str, int)) else round(float(torch.as_tensor(v).detach()), 6) for k, v in row.items()}) + "\n")
+            history.flush()
+            if not pruning and (best is None or phase == "finetune" and (accuracy, -loss) > best[0]):
+                best = (accuracy, -loss), {name: p.clone() for name, p in model.state_dict().items()}
+
+    # ---- final report
+    model.load_state_dict(best[1])
+    accuracy, f1, _ = evaluate(model, data.test, None, args.device)
+    sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
+    slow, fast = latency_ms([dense, model], sample)
+    result = {
+        "test_accuracy": accuracy, "test_macro_f1": f1, "validation_accuracy": best[0][0],
+        "target_sparsity": args.sparsity, "expected_sparsity": float(expected),
+        "delivered_sparsity": 1 - prunable(model) / prunable(dense),
+        "heads_kept": structure.head.int().tolist(), "ffn_kept": structure.ffn.int().tolist(),
+        "params_dense": sum(p.numel() for p in dense.parameters()),
+        "params_pruned": sum(p.numel() for p in model.parameters()),
+        "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
+        "seconds": time.time() - began, "seed": args.seed, "notes": data.notes, "args": vars(args),
+    }
+    model.save(os.path.join(args.out_dir, "pruned.pt"))
+    with open(os.path.join(args.out_dir, "result.json"), "w") as file:
+        json.dump(result, file, indent=1)
+    return result
+
+
+def report(result):
+    """Print what a reader of result.json would look for first."""
+    percent = 100 / result["params_dense"]
+    print(f"test accuracy {result['test_accuracy']:.3f}   macro-F1 {result['test_macro_f1']:.3f}   "
+          f"(validation accuracy {result['validation_accuracy']:.3f})")
+    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, asked {result['target_sparsity']:.3f}; "
+          f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left ({percent * result['params_pruned']:.0f} %)")
+    for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
+        print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
+    print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for 32 texts, "
+          f"{result['speedup']:.1f} times faster; the whole run took {result['seconds']:.0f} s")
+    print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
+
+
+if __name__ == "__main__":
+    try:
+        report(train(parse_args()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
