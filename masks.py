@@ -19,6 +19,7 @@ from torch import nn
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizos et al. 2018)
 LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: beyond that, sigmoid is flat and a gate could never come back
+SPRING = 50.0  # lambda2 starts here and not at 0: a spring from the first step, else all gates fall at once and overshoot
 INIT = 2.5  # every gate starts here: the deterministic gate is exactly 1, and P(open) is 0.98
 
 
@@ -52,7 +53,7 @@ class Gates(nn.Module):
     def __init__(self, n_layer, n_head):
         super().__init__()
         self.log_alpha = nn.Parameter(torch.full((n_layer, n_head + 2), INIT))  # (L, H + 2)
-        self.lambdas = nn.Parameter(torch.zeros(2))  # multipliers of the Lagrangian; maximised, not minimised
+        self.lambdas = nn.Parameter(torch.tensor([0.0, SPRING]))  # multipliers; maximised, not minimised
 
     def effective(self, gate):
         """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities. Returns a Z."""
@@ -106,9 +107,10 @@ def max_sparsity(n_layer, n_head, head_size, ffn_size):
     return sparsity(gates.prob_open(), head_size, ffn_size).item()
 
 
-def steps_to_close(gate_lr):
-    """Optimiser steps that Adam, which moves a gate by at most about gate_lr a step, needs to close it from INIT."""
-    return math.ceil((INIT + LIMIT) / gate_lr)
+def steps_to_settle(gate_lr):
+    """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that closing it
+    from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many again to settle on its target."""
+    return math.ceil(3 * (INIT + LIMIT) / gate_lr)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_close
+from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_settle
 from model import Config, GatedTransformer, dropout_noise, extract, prunable
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
 WARMUP = 100  # steps in which the learning rate rises to its full value
-LAMBDA_LR = 0.1  # learning rate of the two multipliers
+LAMBDA_LR = 0.3  # learning rate of the two multipliers
 
 
 def keep_freed_memory():
@@ -108,9 +108,9 @@ def check(args):
         window = args.steps - args.finetune_steps - args.prune_start
         if args.prune_ramp > window:
             fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
-        if steps_to_close(args.gate_lr) > window:
-            fail(f"closing a gate takes {steps_to_close(args.gate_lr)} steps at gate_lr {args.gate_lr}, but only {window}"
-                 " steps lie between prune_start and fine-tuning")
+        if steps_to_settle(args.gate_lr) > window:
+            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps between prune_start and "
+                 f"fine-tuning to reach its target, and there are {window}")
 
 
 def unit_sizes(args):
@@ -125,7 +125,7 @@ def make_optimizer(model, gates, args):
     groups = [
         {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay},
         {"params": vectors, "lr": args.lr},
-        {"params": [gates.log_alpha], "lr": args.gate_lr},
+        {"params": [gates.log_alpha], "lr": args.gate_lr, "betas": (0.5, 0.9)},  # short memory: no overshoot
         {"params": [gates.lambdas], "lr": LAMBDA_LR, "maximize": True},
     ]
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
@@ -292,7 +292,7 @@ def train(args):
     slow, fast = latency_ms([dense, model], sample)
     result = {
         "test_accuracy": accuracy, "test_macro_f1": f1, "validation_accuracy": best[0][0],
-        "target_sparsity": args.sparsity, "expected_sparsity": float(expected),
+        "target_sparsity": args.sparsity, "expected_sparsity": expected.item(),
         "delivered_sparsity": 1 - prunable(model) / prunable(dense),
         "heads_kept": structure.head.int().tolist(), "ffn_kept": structure.ffn.int().tolist(),
         "params_dense": sum(p.numel() for p in dense.parameters()),

@@ -143,8 +143,8 @@ def load_splits(spec):
     try:
         found = datasets.load_dataset(kind or name, configuration or None, data_files=spec if kind else None)
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
-        reason = bad_json_line(name) if os.path.exists(name) else None
-        raise InputError(f"cannot load {spec}: {reason or str(error.__cause__ or error).splitlines()[0]}") from None
+        reason = bad_json_line(name) or " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
     return dict(found)
 
 
@@ -250,12 +250,18 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
         pairs = found[key]
         if domain == spec:
             pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column))
-        splits[split] = tokenize(pairs, max_length, word_id, label_id)
+        try:
+            splits[split] = tokenize(pairs, max_length, word_id, label_id)
+        except UnicodeDecodeError as error:
+            raise InputError(f"cannot read {spec}: {bad_json_line(spec) or error}") from None
         if len(splits[split].label) == 0:
             raise InputError(f"the {key} split of {spec} is empty")
         if set(splits[split].label) <= {-1, label_id.get("-1")} and split != "train":
             notes.append(f"the {split} split of {spec} has no labels")
             del splits[split]
+        elif (splits[split].label < 0).any():
+            row = int((splits[split].label < 0).argmax()) + 1
+            raise InputError(f"example {row} of the {key} split of {spec} has no label")
     if "train" not in splits:
         raise InputError(f"{spec} has no train split, only {', '.join(found)}")
     if "test" in wanted and "test" not in splits and "validation" in splits:
@@ -266,10 +272,6 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
         n = len(splits["train"].label)
         keep = np.random.default_rng(0).permutation(n) >= max(1, n // 10)
         splits["train"], splits[split] = splits["train"].take(keep), splits["train"].take(~keep)
-    for split, examples in splits.items():
-        if (examples.label < 0).any():
-            row = int((examples.label < 0).argmax()) + 1
-            raise InputError(f"example {row} of the {split} split of {spec} has no label")
     if len(set(splits["train"].label)) < 2:
         raise InputError(f"{spec} has a single class, {next(iter(label_id))!r}: nothing to learn")
     names = sorted(label_id)
