@@ -78,6 +78,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-3, help="learning rate of the weights, > 0")
     add("--gate_lr", type=float, default=0.05, help="learning rate of the gates, > 0: about the most a gate moves per step")
     add("--weight_decay", type=float, default=0.01, help="decay of the weight matrices, >= 0; gates are never decayed")
+    add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1); see README")
     # run
     add("--seed", type=int, default=0, help="training subset, initialisation, order and noise follow from it, >= 0")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
@@ -93,12 +94,17 @@ def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
     low = {"max_length": 1, "vocab_size": 4, "n_layer": 1, "n_head": 1, "d_model": 1, "prune_ramp": 1, "steps": 1}
     low |= {"batch_size": 1, "n_target": 0, "prune_start": 0, "finetune_steps": 0, "transfer_start": 0, "target_start": 0}
-    low |= {"dropout": 0, "sparsity": 0, "aux_weight": 0, "weight_decay": 0, "lr": 1e-9, "gate_lr": 1e-9, "seed": 0}
+    low |= {"dropout": 0, "label_smoothing": 0, "sparsity": 0, "aux_weight": 0, "weight_decay": 0, "lr": 1e-9, "gate_lr": 1e-9, "seed": 0}
     for name, least in low.items():
         if not least <= getattr(args, name) < float("inf"):
             fail(f"{name} must be at least {least}, not {getattr(args, name)}")
-    if args.dropout >= 1:
-        fail(f"dropout must be below 1, not {args.dropout}")
+    for name in ("dropout", "label_smoothing"):
+        if getattr(args, name) >= 1:
+            fail(f"{name} must be below 1, not {getattr(args, name)}")
+    if args.transfer_stop is not None and args.transfer_stop < args.transfer_start:
+        fail(f"transfer_stop {args.transfer_stop} lies before transfer_start {args.transfer_start}")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        fail(f"device {args.device} is not available here")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     reachable = max_sparsity(args.n_layer, args.n_head, *unit_sizes(args))
@@ -158,7 +164,7 @@ def task_loss(model, gates, task, examples, order, step, args):
     ids, labels = examples.batch(order(step), args.device)
     z = None if gates is None else gates.sample(generator)
     drop = dropout_noise(model, len(ids), args.dropout, generator) if args.dropout else None
-    return F.cross_entropy(model(ids, task, z, drop), labels)
+    return F.cross_entropy(model(ids, task, z, drop), labels, label_smoothing=args.label_smoothing)
 
 
 def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
@@ -218,8 +224,11 @@ def train(args):
     stop = args.steps if args.transfer_stop is None else args.transfer_stop
     data = prepare(args.target, args.aux, args.n_target, args.max_length, args.vocab_size, args.text_columns,
                    args.label_column, args.seed)
-    os.makedirs(args.out_dir, exist_ok=True)
-    history = open(os.path.join(args.out_dir, "history.jsonl"), "w")
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        history = open(os.path.join(args.out_dir, "history.jsonl"), "w")
+    except OSError as error:
+        fail(f"cannot write to out_dir: {error}")
     print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
           f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
     if data.aux:

@@ -8,6 +8,7 @@ Left out on purpose: more than two tasks, tasks that are not classification, tok
 """
 
 import json
+import logging
 import os
 import random
 from array import array
@@ -136,6 +137,8 @@ def load_splits(spec):
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
     datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(os.path.splitext(spec)[1])
     name, _, configuration = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
     if not os.path.exists(name) and (kind or name.startswith((".", "/", "~")) or name.count("/") > 1):

@@ -1,0 +1,245 @@
+"""Claims about whole runs: the loop, the command line, and what a run leaves behind (train.py)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as loop
+from masks import Gates, Z
+from model import Config, GatedTransformer, prunable
+from test_transfer import small_task, write
+from transfer import InputError, batch_order, couple, prepare
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+SHORT = ["--steps", "60", "--prune_start", "10", "--prune_ramp", "20", "--finetune_steps", "20", "--gate_lr", "1",
+         "--n_layer", "2", "--d_model", "16", "--sparsity", "0.5"]
+
+
+def run(tmp_path, *flags):
+    """A short run through the importable loop."""
+    return loop.train(loop.parse_args([*SHORT, "--out_dir", str(tmp_path), *map(str, flags)]))
+
+
+def command(*flags, cwd=ROOT):
+    """The real command line, as a user types it."""
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True, cwd=cwd)
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "pruned.pt", weights_only=True)["state"]
+
+
+def setting(*flags):
+    """Everything that one step needs, as train() builds it: (model, gates, data, args), small."""
+    args = loop.parse_args([*SHORT, *flags])
+    data = prepare(args.target, args.aux, 50, args.max_length, args.vocab_size, seed=args.seed)
+    torch.manual_seed(0)
+    model = GatedTransformer(Config(len(data.vocab), 64, 16, 4, [4, 4], [1, 1]), data.vocab, data.labels)
+    return model, Gates(2, 4), data, args
+
+
+def gradients(aux, *flags):
+    """name -> gradient of every parameter after one backward pass, with or without the auxiliary loss."""
+    model, gates, data, args = setting(*flags)
+    order = batch_order(data.train, 8, 0)
+    loss_target = loop.task_loss(model, gates, "target", data.train, order, 0, args)
+    loss_aux = loop.task_loss(model, gates, "auxiliary", data.aux, order, 0, args) if aux else None
+    loop.backward(model, gates, True, loss_target, 0 * gates.lambdas.sum(), loss_aux, args)
+    return {n: p.grad for m in (model, gates) for n, p in m.named_parameters()}
+
+
+# ---- transfer inside a run
+
+
+def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(tmp_path):
+    """Parameters, not losses: equal when transfer would start after the last step, different when it starts just before."""
+    run(tmp_path / "off", "--aux_weight", 0)
+    run(tmp_path / "late", "--aux_weight", 0.5, "--transfer_start", 60)
+    run(tmp_path / "last", "--aux_weight", 0.5, "--transfer_start", 59)
+    off, late, last = (weights(tmp_path / name) for name in ("off", "late", "last"))
+    assert off.keys() == late.keys() and all(torch.equal(off[n], late[n]) for n in off)
+    shared = [n for n in off if not n.startswith("classifier")]
+    assert any(not torch.equal(off[n], last[n]) for n in shared)
+
+
+def test_transfer_stop_closes_the_window(tmp_path):
+    """An empty window is no transfer, at every step."""
+    run(tmp_path / "off", "--aux_weight", 0)
+    run(tmp_path / "empty", "--aux_weight", 0.5, "--transfer_start", 5, "--transfer_stop", 5)
+    off, empty = weights(tmp_path / "off"), weights(tmp_path / "empty")
+    assert all(torch.equal(off[n], empty[n]) for n in off)
+
+
+def test_what_is_transferred_decides_which_gradients_change():
+    """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its classifier always learns."""
+    alone = gradients(False)
+    for what, weights_change, gates_change in (("gates", False, True), ("weights", True, False), ("both", True, True)):
+        helped = gradients(True, "--transfer", what)
+        assert alone["classifier.auxiliary.weight"] is None and helped["classifier.auxiliary.weight"].abs().sum() > 0
+        assert torch.equal(alone["classifier.target.weight"], helped["classifier.target.weight"])
+        assert torch.equal(alone["log_alpha"], helped["log_alpha"]) != gates_change
+        for name in alone:
+            if name.startswith("blocks") and name.endswith("weight"):
+                assert torch.equal(alone[name], helped[name]) != weights_change
+
+
+def test_the_update_is_the_coupling_of_the_two_separate_gradients():
+    """Against autograd on each loss alone."""
+    model, gates, data, args = setting("--coupling", "project")
+    order = batch_order(data.train, 8, 0)
+    shared = [p for n, p in model.named_parameters() if not n.startswith("classifier")] + [gates.log_alpha]
+    losses = [loop.task_loss(model, gates, task, examples, order, 3, args)
+              for task, examples in (("target", data.train), ("auxiliary", data.aux))]
+    g_target, g_aux = (torch.autograd.grad(loss, shared, materialize_grads=True, retain_graph=True) for loss in losses)
+    loop.backward(model, gates, True, losses[0], 0 * gates.lambdas.sum(), losses[1], args)
+    for p, g in zip(shared, couple(g_target, g_aux, "project")):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_sequential_transfer_is_two_windows_that_do_not_overlap(tmp_path):
+    """Until target_start the target's classifier keeps its initial values; one step later it does not."""
+    model, *_ = setting()
+    initial = model.classifier["target"].weight
+    flags = ["--sparsity", 0, "--n_target", 50, "--finetune_steps", 5, "--transfer_stop", 10, "--target_start", 10]
+    run(tmp_path / "before", *flags, "--transfer_start", 0, "--steps", 10)
+    run(tmp_path / "after", *flags, "--transfer_start", 0, "--steps", 11)
+    assert torch.equal(weights(tmp_path / "before")["classifier.target.weight"], initial)
+    assert not torch.equal(weights(tmp_path / "after")["classifier.target.weight"], initial)
+
+
+# ---- optimizer, schedule, evaluation
+
+
+def test_only_weight_matrices_are_decayed_and_the_multipliers_go_uphill():
+    model, gates, _, args = setting()
+    groups = loop.make_optimizer(model, gates, args).param_groups
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert [g["maximize"] for g in groups if g["params"][0] is gates.lambdas] == [True]
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters())) + 2
+
+
+def test_learning_rate_warms_up_stays_and_ends_near_zero():
+    args = loop.parse_args(["--lr", "0.5"])
+    lr = [loop.lr_at(step, args) for step in range(args.steps)]
+    assert lr[0] == 0.5 / loop.WARMUP and lr[loop.WARMUP] == lr[args.steps - args.finetune_steps] == 0.5
+    assert 0 < lr[-1] < 0.001 and all(a <= b for a, b in zip(lr[:100], lr[1:100]))
+
+
+def test_macro_f1_and_accuracy_by_hand():
+    """Confusion counts written out; a class that is only predicted, or only present, counts with F1 0."""
+    class Fixed(torch.nn.Module):
+        def forward(self, ids, task, z):
+            return torch.nn.functional.one_hot(ids[:, 0], 4).float()
+    from transfer import Examples
+    predicted, label = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 3])
+    accuracy, f1, _ = loop.evaluate(Fixed(), Examples(predicted, np.arange(7), label), None, "cpu")
+    assert accuracy == pytest.approx(3 / 6)
+    assert f1 == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (2 + 2) + 0 + 0) / 4)
+
+
+# ---- what a run leaves behind
+
+
+def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
+    """Through the real command line, in a folder of its own; the numbers in result.json agree with the network on disk."""
+    done = command(*SHORT, "--aux_weight", 0.5, "--transfer_start", 30, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["history.jsonl", "pruned.pt", "result.json"]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    for key in ("test_accuracy", "test_macro_f1", "validation_accuracy", "target_sparsity", "delivered_sparsity",
+                "expected_sparsity", "params_dense", "params_pruned", "latency_dense_ms", "latency_pruned_ms", "speedup",
+                "seconds", "seed"):
+        assert isinstance(result[key], (int, float)), key
+    assert result["args"]["transfer_start"] == 30 and f"{result['test_accuracy']:.3f}" in done.stdout
+    small = GatedTransformer.load(tmp_path / "out" / "pruned.pt")
+    assert result["params_pruned"] == sum(p.numel() for p in small.parameters()) < result["params_dense"]
+    assert result["delivered_sparsity"] == pytest.approx(1 - prunable(small) / (2 * 12 * 16 * 16))
+    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads and result["ffn_kept"] == small.config.ffn
+    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert {"step", "phase", "loss_target", "loss_aux", "lagrangian", "lambda1", "lambda2", "expected_sparsity",
+                "wanted_sparsity", "validation_accuracy"} <= row.keys()
+        assert all(np.isfinite(v) for v in row.values() if not isinstance(v, str))
+    data = prepare("reviews:restaurant", "reviews:film", 200, 64, 10000)
+    texts = [text for text, _ in __import__("transfer").reviews("restaurant")["test"]]
+    names = [data.labels["target"][i] for i in data.test.label]
+    right = [a == b for a, b in zip(small.predict(texts), names)]
+    assert np.mean(right) == pytest.approx(result["test_accuracy"], abs=1e-6)  # the file on disk has this accuracy
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, "--seed", seed, "--transfer_start", 20)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(a[n].shape != c.get(n, a[n][:0]).shape or not torch.equal(a[n], c[n]) for n in a)
+
+
+def test_without_sparsity_nothing_is_pruned(tmp_path):
+    result = run(tmp_path, "--sparsity", 0)
+    assert result["delivered_sparsity"] == 0 and result["params_pruned"] == result["params_dense"]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
+    """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept wherever one
+    fits into the budget, and far from the accuracy 0.5 of guessing."""
+    result = loop.train(loop.parse_args([
+        "--sparsity", str(sparsity), "--n_target", "3000", "--aux_weight", "0", "--steps", "1000", "--prune_start", "200",
+        "--prune_ramp", "300", "--finetune_steps", "350", "--out_dir", str(tmp_path)]))
+    assert abs(result["expected_sparsity"] - sparsity) < 0.02
+    assert sparsity <= result["delivered_sparsity"] < sparsity + 8 / 48
+    assert sum(result["ffn_kept"]) > 0 or sparsity > 1 - 8 / 48
+    assert result["test_accuracy"] > 0.8
+
+
+# ---- real data
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no real data on this machine")
+@pytest.mark.parametrize("target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("sst5", "sst2"), ("acl_arc", "scicite")])
+def test_real_pairs_run_to_the_end(tmp_path, target, aux):
+    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--steps", 50, "--finetune_steps", 10)
+    assert result["delivered_sparsity"] >= 0.5 and 0 < result["test_macro_f1"] <= result["test_accuracy"] + 0.5
+
+
+# ---- bad input
+
+
+BAD = [
+    (["--sparsity", "0.99"], "sparsity must be below 0.9"), (["--sparsity", "-0.1"], "sparsity"), (["--sparsity", "nan"], "sparsity"),
+    (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"), (["--steps", "100"], "more than the 100 steps"),
+    (["--gate_lr", "0.001"], "pruning needs"), (["--aux_weight", "-1"], "aux_weight"), (["--lr", "0"], "lr"),
+    (["--lr", "inf"], "lr"), (["--gate_lr", "-0.1"], "gate_lr"), (["--dropout", "1"], "dropout"), (["--steps", "ten"], "steps"),
+    (["--coupling", "add"], "coupling"), (["--aux_wieght", "1"], "aux_wieght"), (["--n_target", "7000"], "n_target 7000 is larger"),
+    (["--n_target", "1"], "one class"), (["--target", "reviews:book"], "reviews:restaurant"), (["--target", "./none"], "no such file"),
+    (["--device", "tpu"], "device"), (["--batch_size", "0"], "batch_size"), (["--prune_ramp", "0"], "prune_ramp"),
+    (["--vocab_size", "1"], "vocab_size"), (["--transfer_stop", "-1"], "transfer_stop"),
+]
+
+
+@pytest.mark.parametrize("flags, reason", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_flags_are_refused_with_the_reason_and_nothing_is_written(tmp_path, flags, reason):
+    with pytest.raises(InputError, match=reason) as refused:
+        loop.train(loop.parse_args([*flags, "--out_dir", str(tmp_path / "out")]))
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path):
+    write(tmp_path / "broken", "train.jsonl", [{"text": "a", "label": "x"}])
+    (tmp_path / "broken" / "train.jsonl").open("a").write("{oops\n")
+    (tmp_path / "file").write_text("")
+    for flags, reason in ((["--sparsity", "2"], "sparsity"), (["--target", tmp_path / "broken"], "line 2"),
+                          (["--wrong", "1"], "--wrong"), (["--steps"], "steps"),
+                          (["--out_dir", tmp_path / "file" / "out"], "out_dir")):
+        done = command(*flags, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and reason in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "file"]
