@@ -1,12 +1,12 @@
 """Gates that learn which heads and layers to keep (structured pruning).
 
-One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is exactly 0 or exactly 1 most of
-the time, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A Lagrangian steers the expected
-sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the end one global choice turns the
-probabilities into a 0/1 structure of exactly the size that was asked for.
+One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is exactly 0 or
+exactly 1 most of the time, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A
+Lagrangian steers the expected sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the
+end one global choice turns the probabilities into a 0/1 structure of exactly the size that was asked for.
 
-This file imports nothing but torch and math: copy it into your own project. Left out on purpose: gates on single neurons
-and on the embedding width, and pruning without a size target (a bare L0 penalty).
+This file imports nothing but torch and math: copy it into your own project. Left out on purpose: gates on
+single neurons and on the embedding width, and pruning without a size target (a bare L0 penalty).
 
 Letters in shape comments: L layers, H heads per layer.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizos et al. 2018)
-LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: beyond that, sigmoid is flat and a gate could never come back
-SPRING = 50.0  # lambda2 starts here and not at 0: a spring from the first step, else all gates fall at once and overshoot
+LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: further out a gate is too flat to ever come back
+SPRING = 50.0  # lambda2 starts here: a spring from the first step; from 0, all gates would fall at once
 INIT = 2.5  # every gate starts here: the deterministic gate is exactly 1, and P(open) is 0.98
 
 
@@ -31,7 +31,8 @@ class Z(NamedTuple):
 
 
 def sample_z(log_alpha, generator=None):
-    """Sample hard-concrete gates (Louizos et al. 2018). Shape in = shape out; exact 0s and exact 1s have positive mass."""
+    """Sample hard-concrete gates (Louizos et al. 2018). Shape in = shape out; exact 0s and exact 1s have
+    positive mass."""
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
@@ -43,7 +44,8 @@ def prob_open(log_alpha):
 
 
 def deterministic_z(log_alpha):
-    """The gate used for evaluation: stretched, clipped sigmoid, not divided by BETA, as in Louizos et al. 2018."""
+    """The gate used for evaluation: stretched, clipped sigmoid, not divided by BETA, as in Louizos et al.
+    2018."""
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -56,7 +58,8 @@ class Gates(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([0.0, SPRING]))  # multipliers; maximised, not minimised
 
     def effective(self, gate):
-        """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities. Returns a Z."""
+        """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities.
+        Returns a Z."""
         head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
         return Z(head * attn, ffn)
 
@@ -67,7 +70,8 @@ class Gates(nn.Module):
         return self.effective(deterministic_z(self.log_alpha))
 
     def prob_open(self):
-        """P(open) of every unit as a Z; the gates of a head and of its sublayer are independent, so they multiply."""
+        """P(open) of every unit as a Z; the gates of a head and of its sublayer are independent, so they
+        multiply."""
         return self.effective(prob_open(self.log_alpha))
 
     @torch.no_grad()
@@ -77,56 +81,63 @@ class Gates(nn.Module):
 
 
 def sparsity(z, head_size, ffn_size):
-    """Fraction of the prunable parameters that is gone, in [0, 1], when unit i is there with weight (or probability) z_i.
+    """Fraction of the prunable parameters that is gone, in [0, 1], when unit i is there with weight (or
+    probability) z_i.
 
-    head_size, ffn_size: parameters of one head (its slice of Q, K, V and output) and of one feed-forward sublayer.
-    With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one that counts.
-    """
+    head_size, ffn_size: parameters of one head (its slice of Q, K, V and output) and of one feed-forward
+    sublayer. With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one
+    that counts. """
     total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
     return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Sparsity wanted at `step`: 0 up to prune_start, then a straight line that reaches `sparsity` prune_ramp steps later."""
+    """Sparsity wanted at `step`: 0 up to prune_start, then a straight line that reaches `sparsity` prune_ramp
+    steps later."""
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
 def lagrangian(expected, wanted, lambdas):
-    """lambda1 (s - t) + lambda2 (s - t)^2 (Wang et al. 2020): minimise it over log_alpha, maximise it over the lambdas.
+    """lambda1 (s - t) + lambda2 (s - t)^2 (Wang et al. 2020): minimise it over log_alpha, maximise it over
+    the lambdas.
 
-    A negative value is normal: after an overshoot (s > t with lambda1 < 0) the term rewards opening gates again.
-    """
+    A negative value is normal: after an overshoot (s > t with lambda1 < 0) the term rewards opening gates
+    again. """
     gap = expected - wanted
     return lambdas[0] * gap + lambdas[1] * gap**2
 
 
 def max_sparsity(n_layer, n_head, head_size, ffn_size):
-    """The largest expected sparsity that gates clamped at -LIMIT can reach; a larger target can never be met."""
+    """The largest expected sparsity that gates clamped at -LIMIT can reach; a larger target can never be
+    met."""
     gates = Gates(n_layer, n_head)
     nn.init.constant_(gates.log_alpha, -LIMIT)
     return sparsity(gates.prob_open(), head_size, ffn_size).item()
 
 
 def steps_to_settle(gate_lr):
-    """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that closing it
-    from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many again to settle on its target."""
+    """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that
+    closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many again to
+    settle on its target."""
     return math.ceil(3 * (INIT + LIMIT) / gate_lr)
 
 
 @torch.no_grad()
 def select(prob, sparsity, head_size, ffn_size):
-    """Turn probabilities into a 0/1 structure: keep units by P(open), most probable first, as long as they fit.
+    """Turn probabilities into a 0/1 structure: keep units by P(open), most probable first, as long as they
+    fit.
 
-    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the asked one, and exceeds it by
-    less than the size of any unit that was dropped. One global choice, unlike rounding layer by layer, cannot miss the budget.
+    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the asked one, and
+    exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding layer by
+    layer, cannot miss the budget.
 
-    The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is as large as
-    many heads, so that under a tight budget a purely greedy choice fills up with heads and may drop all of them at once.
-    """
+    The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is
+    as large as many heads, so that under a tight budget a purely greedy choice fills up with heads and may
+    drop all of them at once. """
     n_heads = prob.head.numel()
     p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
     size = [head_size] * n_heads + [ffn_size] * prob.ffn.numel()
-    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 absorbs float rounding
+    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
     keep = torch.zeros_like(p)
     first = n_heads + prob.ffn.argmax().item()
     for i in [first] + [j for j in p.argsort(descending=True, stable=True).tolist() if j != first]:

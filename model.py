@@ -1,16 +1,23 @@
-"""A pre-norm transformer encoder for text classification, from scratch, whose heads and layers can be gated and cut out.
+"""A pre-norm transformer encoder for text classification, from scratch, whose heads and layers can be gated
+and cut out.
 
-The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has, `Config.ffn`
-whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a smaller instance.
-The projections have no bias, so a closed unit contributes exactly nothing (and pre-norm keeps the network continuous
-at z = 0). Left out on purpose: pretrained weights, subword tokens, causal attention.
+The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
+`Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a
+smaller instance. The projections have no bias, so a closed unit contributes exactly nothing (and pre-norm
+keeps the network continuous at z = 0). Left out on purpose: pretrained weights, subword tokens, causal
+attention.
 
-Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head size.
-"""
+Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head
+size. """
 
 import re
+import statistics
+import time
+from array import array
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,7 +55,8 @@ class Block(nn.Module):
             self.down = nn.Linear(4 * d_model, d_model, bias=False)
 
     def attention(self, x, attn_mask, z):
-        """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H,) head gates or None."""
+        """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H,) head gates or
+        None."""
         B, T, _ = x.shape
         q, k, v = self.qkv(self.attn_norm(x)).view(B, T, 3, self.n_head, self.d_head).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, T, D)
@@ -76,20 +84,21 @@ class GatedTransformer(nn.Module):
             Block(config.d_model, config.d_head, n, f) for n, f in zip(config.heads, config.ffn)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.classifier = nn.ModuleDict({task: nn.Linear(config.d_model, len(names)) for task, names in labels.items()})
-        nn.init.normal_(self.token.weight, std=0.02)  # small: large random vectors make it easy to learn texts by heart
+        self.classifier = nn.ModuleDict({t: nn.Linear(config.d_model, len(n)) for t, n in labels.items()})
+        nn.init.normal_(self.token.weight, std=0.02)  # large vectors make it easy to learn texts by heart
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, ids, task, z=None, drop=None):
         """Class scores of a batch.
 
-        ids: (B, T) word ids, PAD on the right. z: gates (z.head (L, H), z.ffn (L,)), None = all open.
-        drop: dropout factors (B, 2L + 1, C) from `dropout_noise`, None = no dropout. Returns logits (B, number of labels).
-        """
+        ids: (B, T) word ids, PAD on the right. z: gates (z.head (L, H), z.ffn (L,)), None = all open. drop:
+        dropout factors (B, 2L + 1, C) from `dropout_noise`, None = no dropout. Returns logits (B, number of
+        labels). """
         B, T = ids.shape
         real = ids != PAD  # (B, T)
         attn_mask = None if bool(real.all()) else real.view(B, 1, 1, T)
-        drop = [1.0] * (2 * len(self.blocks) + 1) if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
+        n_noise = 2 * len(self.blocks) + 1
+        drop = [1.0] * n_noise if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
         x = (self.token(ids) + self.position.weight[:T]) * drop[-1]  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if block.n_head:
@@ -101,18 +110,20 @@ class GatedTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, texts):
-        """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on pairs of texts."""
-        ids = [torch.tensor([self.word_id.get(w, UNK) for w in words(t, self.config.max_length)]) for t in texts]
-        names = []
-        for chunk in (ids[i : i + 64] for i in range(0, len(ids), 64)):
-            logits = self(nn.utils.rnn.pad_sequence(chunk, batch_first=True).to(self.norm.weight.device), "target")
+        """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on
+        pairs of texts."""
+        names, device = [], self.norm.weight.device
+        for chunk in (texts[i : i + 64] for i in range(0, len(texts), 64)):
+            found = [words(text, self.config.max_length) for text in chunk]
+            ids = [torch.tensor([self.word_id.get(w, UNK) for w in ws]) for ws in found]
+            logits = self(nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device), "target")
             names += [self.labels["target"][i] for i in logits.argmax(1).tolist()]
         return names
 
     def save(self, path):
         """Write weights, shapes, vocabulary and label names to one file."""
-        parts = {"config": asdict(self.config), "vocab": self.vocab, "labels": self.labels, "state": self.state_dict()}
-        torch.save(parts, path)
+        parts = {"config": asdict(self.config), "vocab": self.vocab, "labels": self.labels}
+        torch.save({**parts, "state": self.state_dict()}, path)
 
     @classmethod
     def load(cls, path):
@@ -126,27 +137,64 @@ class GatedTransformer(nn.Module):
 def words(text, max_length):
     """Lower-case words and punctuation marks of a text, or of a tuple of texts with <sep> between them.
 
-    Returns at least one and at most max_length strings, shared fairly between the texts. Reads no further than 32
-    characters a word, so that a text of many megabytes costs no more than a long one.
-    """
+    Returns at least one and at most max_length strings, shared fairly between the texts. Reads no further
+    than 32 characters a word, so that a text of many megabytes costs no more than a long one. """
     parts = (text,) if isinstance(text, str) else text
     limit = max(1, (max_length - len(parts) + 1) // len(parts))
     found = [WORD.findall(part[: 32 * limit].lower())[:limit] for part in parts]
     return [w for part in found for w in [SPECIAL[SEP], *part]][1:] or [SPECIAL[UNK]]
 
 
+class Examples(NamedTuple):
+    """N labelled texts in three flat arrays: no Python object per example, so a million texts cost only their
+    word ids."""
+
+    tokens: np.ndarray  # word ids of all texts, one text after the other
+    start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
+    label: np.ndarray  # (N,) class ids, -1 where there is none
+
+    def take(self, keep):
+        """The examples for which the boolean array keep (N,) is True."""
+        length = np.diff(self.start)
+        start = np.concatenate([[0], np.cumsum(length[keep])])
+        return Examples(self.tokens[np.repeat(keep, length)], start, self.label[keep])
+
+    def texts(self):
+        """Iterate over the texts as byte strings, comparable between Examples that share their word ids."""
+        return (self.tokens[a:b].tobytes() for a, b in zip(self.start[:-1], self.start[1:]))
+
+    def batch(self, index, device="cpu"):
+        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array index
+        (B,)."""
+        start, length = self.start[index, None], np.diff(self.start)[index, None]
+        column = np.arange(length.max())
+        ids = np.where(column < length, self.tokens[np.minimum(start + column, len(self.tokens) - 1)], PAD)
+        return torch.from_numpy(ids).long().to(device), torch.from_numpy(self.label[index]).long().to(device)
+
+
+def tokenize(pairs, max_length, word_id, label_id):
+    """Turn (text, label name) pairs into Examples; new words and label names get the next free id in the two
+    dicts."""
+    tokens, start, label = array("i"), array("q", [0]), array("i")
+    for text, name in pairs:
+        tokens.extend([word_id.setdefault(w, len(word_id)) for w in words(text, max_length)])
+        start.append(len(tokens))
+        label.append(-1 if name is None else label_id.setdefault(name, len(label_id)))
+    return Examples(np.array(tokens), np.array(start), np.array(label))
+
+
 def dropout_noise(model, batch_size, p, generator):
     """Dropout factors (B, 2L + 1, C), 0 or 1 / (1 - p), for every sublayer's output and for the embeddings.
 
-    One draw serves all tokens of an example (Gal and Ghahramani 2016): T times fewer random numbers, and the noise of
-    an example depends neither on padding nor on its neighbours in the batch.
-    """
+    One draw serves all tokens of an example (Gal and Ghahramani 2016): T times fewer random numbers, and the
+    noise of an example depends neither on padding nor on its neighbours in the batch. """
     shape = (batch_size, 2 * len(model.blocks) + 1, model.config.d_model)
     return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def prunable(model):
-    """Number of prunable parameters: the attention and feed-forward matrices; no embeddings, norms or classifiers."""
+    """Number of prunable parameters: the attention and feed-forward matrices; no embeddings, norms or
+    classifiers."""
     return sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
 
 
@@ -154,8 +202,8 @@ def prunable(model):
 def extract(model, z):
     """A physically smaller model that computes what `model` computes under the gates z.
 
-    z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied into the
-    output projections. All heads of a layer closed means that the layer has no attention any more.
+    z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied
+    into the output projections. All heads of a layer closed means that the layer has no attention any more.
     """
     D, state = model.config.d_head, model.state_dict()
     for i in range(len(model.blocks)):
@@ -169,3 +217,34 @@ def extract(model, z):
     small = GatedTransformer(replace(model.config, heads=heads, ffn=ffn), model.vocab, model.labels)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
     return small.to(model.norm.weight.device)
+
+
+@torch.no_grad()
+def evaluate(model, examples, z, device):
+    """Accuracy, macro-averaged F1 and mean cross-entropy (nats) of the target task. z: gates or None."""
+    order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
+    logits, labels = [], []
+    for index in np.array_split(order, max(1, len(order) // 256)):
+        ids, y = examples.batch(index, device)
+        logits.append(model(ids, "target", z))
+        labels.append(y)
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    predicted = logits.argmax(1)
+    f1 = []
+    for c in torch.cat([predicted, labels]).unique():
+        hit = ((predicted == c) & (labels == c)).sum()
+        f1.append((2 * hit / ((predicted == c).sum() + (labels == c).sum())).item())
+    accuracy = (predicted == labels).float().mean().item()
+    return accuracy, sum(f1) / len(f1), F.cross_entropy(logits, labels).item()
+
+
+@torch.no_grad()
+def latency_ms(models, ids, repeats=50):
+    """Median milliseconds of a forward pass of ids (B, T), for each model; the models take turns."""
+    times = [[] for _ in models]
+    for _ in range(repeats):
+        for model, seconds in zip(models, times):
+            start = time.perf_counter()
+            model(ids, "target").cpu()
+            seconds.append(time.perf_counter() - start)
+    return [1000 * statistics.median(seconds) for seconds in times]

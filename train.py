@@ -1,9 +1,10 @@
-"""Prune a small transformer for one task while a second task helps: the whole run, readable from top to bottom.
+"""Prune a small transformer for one task while a second task helps: the whole run, readable from top to
+bottom.
 
-    python train.py --aux_weight 0.5 --transfer_start 1000                  # built-in pair of tasks, no download
-    python train.py --aux_weight 0                                          # the same without transfer
-    python train.py --target path/to/mine --aux path/to/other               # folders with train.jsonl, validation.jsonl, ...
-    python train.py --target nyu-mll/glue:rte --aux nyu-mll/glue:mnli       # data sets of the hub, with configuration
+    python train.py --aux_weight 0.5 --transfer_start 1000              # built-in pair of tasks, no download
+    python train.py --aux_weight 0                                      # the same without transfer
+    python train.py --target path/to/mine --aux path/to/other           # folders with train.jsonl, ...
+    python train.py --target nyu-mll/glue:rte --aux nyu-mll/glue:mnli   # the hub, with configuration
 
     0 ............ prune_start ....... prune_start+prune_ramp ....... steps-finetune_steps ....... steps
     dense training | sparsity target rises | held at the target      | structure fixed, fine-tune  |
@@ -14,7 +15,6 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
 import sys
 import time
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_settle
-from model import Config, GatedTransformer, dropout_noise, extract, prunable
+from model import Config, GatedTransformer, dropout_noise, evaluate, extract, latency_ms, prunable
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
@@ -33,7 +33,8 @@ LAMBDA_LR = 0.3  # learning rate of the two multipliers
 
 
 def keep_freed_memory():
-    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a quarter of a step."""
+    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a
+    quarter of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -48,39 +49,39 @@ def parse_args(argv=None):
     parser.error = fail
     add = parser.add_argument
     # data
-    add("--target", default="reviews:restaurant", help="task to solve: built in, hub name[:configuration], folder or file")
+    add("--target", default="reviews:restaurant", help="task to solve: hub name[:config], folder or file")
     add("--aux", default="reviews:film", help="task that helps, named in the same way; none = no second task")
-    add("--text_columns", nargs="+", help="one or two text columns of the target (and of the auxiliary task if it has them)")
-    add("--label_column", nargs="+", help="label column of the target, and of the auxiliary task if it has another name")
+    add("--text_columns", nargs="+", help="text columns of the target, and of aux if it has them")
+    add("--label_column", nargs="+", help="label column of the target, and of aux if different")
     add("--n_target", type=int, default=200, help="labelled target examples to train on, >= 2; 0 = all")
     add("--max_length", type=int, default=64, help="words of a text that are read, 1 to 4096")
-    add("--vocab_size", type=int, default=10000, help="most frequent words of the training texts that are known, >= 4")
+    add("--vocab_size", type=int, default=10000, help="words known, the most frequent ones, >= 4")
     # model
     add("--n_layer", type=int, default=4, help="layers, >= 1")
     add("--n_head", type=int, default=4, help="attention heads per layer, >= 1")
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, in [0, 1)")
     # pruning
-    add("--sparsity", type=float, default=0.7, help="fraction of the prunable weights to remove, in [0, reachable); 0 = none")
+    add("--sparsity", type=float, default=0.7, help="prunable weights to remove, in [0, reachable)")
     add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
-    add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed")
+    add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
     add("--transfer_stop", type=int, default=None, help="when: first step without it again; default: never")
     add("--target_start", type=int, default=0, help="when: first step with the target loss")
-    add("--coupling", choices=["sum", "project"], default="sum", help="how: add the gradients, or project conflicts away")
-    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what the auxiliary gradient may touch")
+    add("--coupling", choices=["sum", "project"], default="sum", help="how: conflicts stay or go")
+    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it reaches")
     # optimization
     add("--steps", type=int, default=3000, help="optimizer steps in all, >= 1")
     add("--batch_size", type=int, default=32, help="examples of each task per step, >= 1")
     add("--lr", type=float, default=1e-3, help="learning rate of the weights, > 0")
-    add("--gate_lr", type=float, default=0.05, help="learning rate of the gates, > 0: about the most a gate moves per step")
-    add("--weight_decay", type=float, default=0.01, help="decay of the weight matrices, >= 0; gates are never decayed")
-    add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1); see README")
+    add("--gate_lr", type=float, default=0.05, help="most that a gate moves per step, about, > 0")
+    add("--weight_decay", type=float, default=0.01, help="decay of the matrices, never of gates, >= 0")
+    add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1)")
     # run
-    add("--seed", type=int, default=0, help="training subset, initialisation, order and noise follow from it, >= 0")
+    add("--seed", type=int, default=0, help="subset, initialisation, order and noise follow it, >= 0")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
@@ -92,15 +93,14 @@ def fail(message):
 
 def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
-    low = {"max_length": 1, "vocab_size": 4, "n_layer": 1, "n_head": 1, "d_model": 1, "prune_ramp": 1, "steps": 1}
-    low |= {"batch_size": 1, "n_target": 0, "prune_start": 0, "finetune_steps": 0, "transfer_start": 0, "target_start": 0}
-    low |= {"dropout": 0, "label_smoothing": 0, "sparsity": 0, "aux_weight": 0, "weight_decay": 0, "lr": 1e-9, "gate_lr": 1e-9, "seed": 0}
-    for name, least in low.items():
-        if not least <= getattr(args, name) < float("inf"):
-            fail(f"{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("dropout", "label_smoothing"):
-        if getattr(args, name) >= 1:
-            fail(f"{name} must be below 1, not {getattr(args, name)}")
+    lowest = {"vocab_size": 4, "lr": 1e-9, "gate_lr": 1e-9}
+    lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model"], 1)
+    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "steps", "batch_size"], 1)
+    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
+    for name, value in vars(args).items():
+        low, high = lowest.get(name, 0), highest.get(name, 1e9)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            fail(f"{name} must be at least {low} and at most {high:g}, not {value}")
     if args.transfer_stop is not None and args.transfer_stop < args.transfer_start:
         fail(f"transfer_stop {args.transfer_stop} lies before transfer_start {args.transfer_start}")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
@@ -109,14 +109,14 @@ def check(args):
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     reachable = max_sparsity(args.n_layer, args.n_head, *unit_sizes(args))
     if args.sparsity >= reachable:
-        fail(f"sparsity must be below {reachable:.3f}, the most that gates of this network can reach, not {args.sparsity}")
+        fail(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
     if args.sparsity:
         window = args.steps - args.finetune_steps - args.prune_start
         if args.prune_ramp > window:
             fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
         if steps_to_settle(args.gate_lr) > window:
-            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps between prune_start and "
-                 f"fine-tuning to reach its target, and there are {window}")
+            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps to fine-tuning, "
+                 f"and there are {window}")
 
 
 def unit_sizes(args):
@@ -158,8 +158,8 @@ def stream(task, args):
 def task_loss(model, gates, task, examples, order, step, args):
     """Cross-entropy (nats per example) of one task's batch of this step, with noise of its own.
 
-    gates: None when every unit is open. Order and noise depend on (seed, step, task) alone: never on the other task.
-    """
+    gates: None when every unit is open. Order and noise depend on (seed, step, task) alone: never on the
+    other task. """
     generator = torch.Generator(args.device).manual_seed(stream(task, args) * 10_000_019 + step)
     ids, labels = examples.batch(order(step), args.device)
     z = None if gates is None else gates.sample(generator)
@@ -168,7 +168,8 @@ def task_loss(model, gates, task, examples, order, step, args):
 
 
 def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
-    """Fill .grad of every parameter with the coupled gradients. loss_aux: already weighted, None = no transfer now."""
+    """Fill .grad of every parameter with the coupled gradients. loss_aux: already weighted, None = no
+    transfer now."""
     for p in [*model.parameters(), *gates.parameters()]:
         p.grad = None
     if loss_target.requires_grad or penalty.requires_grad:
@@ -184,39 +185,9 @@ def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
             p.grad = g
 
 
-@torch.no_grad()
-def evaluate(model, examples, z, device):
-    """Accuracy, macro-averaged F1 and mean cross-entropy (nats) of the target task. z: gates or None."""
-    order = np.argsort(np.diff(examples.start), kind="stable")  # texts of equal length together: little padding
-    logits, labels = [], []
-    for index in np.array_split(order, max(1, len(order) // 256)):
-        ids, y = examples.batch(index, device)
-        logits.append(model(ids, "target", z))
-        labels.append(y)
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    predicted = logits.argmax(1)
-    f1 = []
-    for c in torch.cat([predicted, labels]).unique():
-        hit = ((predicted == c) & (labels == c)).sum()
-        f1.append((2 * hit / ((predicted == c).sum() + (labels == c).sum())).item())
-    accuracy = (predicted == labels).float().mean().item()
-    return accuracy, sum(f1) / len(f1), F.cross_entropy(logits, labels).item()
-
-
-@torch.no_grad()
-def latency_ms(models, ids, repeats=50):
-    """Median milliseconds of a forward pass of ids (B, T), for each model; the models take turns."""
-    times = [[] for _ in models]
-    for _ in range(repeats):
-        for model, seconds in zip(models, times):
-            start = time.perf_counter()
-            model(ids, "target").cpu()
-            seconds.append(time.perf_counter() - start)
-    return [1000 * statistics.median(seconds) for seconds in times]
-
-
 def train(args):
-    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json holds."""
+    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json
+    holds."""
     keep_freed_memory()
     # ---- settings and data: everything that can be refused is refused before anything is written
     check(args)
@@ -238,7 +209,8 @@ def train(args):
     # ---- model and gates
     torch.manual_seed(args.seed)
     d_head = args.d_model // args.n_head
-    config = Config(len(data.vocab), args.max_length, args.d_model, d_head, [args.n_head] * args.n_layer, [1] * args.n_layer)
+    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
+    config = Config(len(data.vocab), args.max_length, args.d_model, d_head, heads, ffn)
     model = dense = GatedTransformer(config, data.vocab, data.labels).to(args.device)
     gates = Gates(args.n_layer, args.n_head).to(args.device)
     sizes = unit_sizes(args)
@@ -264,34 +236,36 @@ def train(args):
         # the objective: target loss + Lagrangian, and the weighted auxiliary loss
         active = gates if pruning else None
         aux_weight = aux_weight_at(step, args.aux_weight, args.transfer_start, stop) if data.aux else 0.0
-        loss_target = loss_aux = penalty = torch.zeros(())
+        loss_target = penalty = torch.zeros(())
+        loss_aux = None
         if step >= args.target_start:
             loss_target = task_loss(model, active, "target", data.train, order["target"], step, args)
         if aux_weight:
             loss_aux = task_loss(model, active, "auxiliary", data.aux, order["auxiliary"], step, args)
+            loss_aux = aux_weight * loss_aux
         if pruning:
             expected = sparsity(gates.prob_open(), *sizes)
             wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
             penalty = lagrangian(expected, wanted, gates.lambdas)
-        backward(model, gates, pruning, loss_target, penalty, aux_weight * loss_aux if aux_weight else None, args)
+        backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         gates.clamp_()
 
+        terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty}
+        terms["expected_sparsity"] = expected
+        terms = {name: 0.0 if term is None else term.item() for name, term in terms.items()}
         if step % 10 == 0:
-            bar.set_description(f"{phase:8s}")
-            bar.set_postfix_str(f"target {loss_target:.3f} aux {loss_aux:.3f} lagrangian {penalty:+.3f} "
-                                f"sparsity {expected:.3f}", refresh=False)
+            bar.set_postfix({"phase": phase, **{name: f"{term:.3f}" for name, term in terms.items()}})
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if pruning else None
             accuracy, f1, loss = evaluate(model, data.validation, z, args.device)
-            row = {"step": step + 1, "phase": phase, "loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,
-                   "aux_weight": aux_weight, "lambda1": gates.lambdas[0], "lambda2": gates.lambdas[1],
+            row = {"step": step + 1, "phase": phase, **terms, "aux_weight": aux_weight,
                    "wanted_sparsity": sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp),
-                   "expected_sparsity": expected, "validation_accuracy": accuracy, "validation_loss": loss}
-            history.write(json.dumps({k: v if isinstance(v, (str, int)) else round(float(torch.as_tensor(v).detach()), 6) for k, v in row.items()}) + "\n")
-            history.flush()
-            if not pruning and (best is None or phase == "finetune" and (accuracy, -loss) > best[0]):
+                   "lambda1": gates.lambdas[0].item(), "lambda2": gates.lambdas[1].item(),
+                   "validation_accuracy": accuracy, "validation_macro_f1": f1, "validation_loss": loss}
+            print(json.dumps(row), file=history, flush=True)
+            if phase == "finetune" and (best is None or (accuracy, -loss) > best[0]):
                 best = (accuracy, -loss), {name: p.clone() for name, p in model.state_dict().items()}
 
     # ---- final report
@@ -317,11 +291,10 @@ def train(args):
 
 def report(result):
     """Print what a reader of result.json would look for first."""
-    percent = 100 / result["params_dense"]
     print(f"test accuracy {result['test_accuracy']:.3f}   macro-F1 {result['test_macro_f1']:.3f}   "
           f"(validation accuracy {result['validation_accuracy']:.3f})")
     print(f"sparsity delivered {result['delivered_sparsity']:.3f}, asked {result['target_sparsity']:.3f}; "
-          f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left ({percent * result['params_pruned']:.0f} %)")
+          f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left")
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
     print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for 32 texts, "

@@ -1,8 +1,10 @@
-"""The second task: where its examples come from, and when, what and how it may teach the network that is being pruned.
+"""The second task: where its examples come from, and when, what and how it may teach the network that is
+being pruned.
 
-Upper half: three small functions for the three questions, `aux_weight_at` (when), `transferred` (what), `couple` (how).
-Lower half: data. `load_task` reads the built-in task or anything the `datasets` library loads; `prepare` turns a target and
-an auxiliary task into arrays of word ids, takes the limited training subset and drops auxiliary examples that would leak.
+Upper half: three small functions for the three questions, `aux_weight_at` (when), `transferred` (what),
+`couple` (how). Lower half: data. `load_task` reads the built-in task or anything the `datasets` library
+loads; `prepare` turns a target and an auxiliary task into arrays of word ids, takes the limited training
+subset and drops auxiliary examples that would leak.
 
 Left out on purpose: more than two tasks, tasks that are not classification, tokenizers other than words.
 """
@@ -11,14 +13,13 @@ import json
 import logging
 import os
 import random
-from array import array
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import PAD, SPECIAL, UNK, words
+from model import SPECIAL, UNK, Examples, tokenize
 
 # ----------------------------------------------------------------------------- when, what, how
 
@@ -29,17 +30,18 @@ def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
 
 
 def transferred(weights, gates, transfer):
-    """What: the shared parameters that the auxiliary gradient may touch; transfer is "weights", "gates" or "both"."""
+    """What: the shared parameters that the auxiliary gradient may touch; transfer is "weights", "gates" or
+    "both"."""
     return {"weights": weights, "gates": gates, "both": weights + gates}[transfer]
 
 
 def couple(g_target, g_aux, coupling):
     """How: combine two gradients, each a list of tensors of the same shapes, into the update direction.
 
-    "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product is negative,
-    so that the auxiliary task can slow the target down but never turn it back. This is the special case eta = (1, 1, 0),
-    with one basis vector, of Auxiliary Task Update Decomposition (Dery et al. 2021); "sum" is eta = (1, 1, 1).
-    """
+    "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
+    is negative, so that the auxiliary task can slow the target down but never turn it back. This is the
+    special case eta = (1, 1, 0), with one basis vector, of Auxiliary Task Update Decomposition (Dery et al.
+    2021); "sum" is eta = (1, 1, 1). """
     if coupling == "project":
         dot = sum(torch.sum(a * t) for a, t in zip(g_aux, g_target))
         norm = sum(torch.sum(t * t) for t in g_target)
@@ -51,47 +53,50 @@ def couple(g_target, g_aux, coupling):
 # ----------------------------------------------------------------------------- the built-in task
 
 NOUNS = {
-    "restaurant": """soup waiter dessert pasta service steak wine bread salad chef kitchen curry pizza menu table coffee
-        fish sauce cook breakfast lunch dinner cake burger rice""",
-    "film": """plot actor script director ending dialogue music camera cast comedy hero villain scene sequel drama editing
-        story heroine opening thriller costume soundtrack acting finale romance""",
+    "restaurant": """soup waiter dessert pasta service steak wine bread salad chef kitchen curry pizza menu
+        table coffee fish sauce cook breakfast lunch dinner cake burger rice""",
+    "film": """plot actor script director ending dialogue music camera cast comedy hero villain scene sequel
+        drama editing story heroine opening thriller costume soundtrack acting finale romance""",
 }
 PRAISE = {
     "restaurant": "fresh crispy juicy tender tasty delicious fragrant creamy",
     "film": "gripping suspenseful well-acted witty hilarious touching thrilling cinematic",
-    "shared": """good great fine superb splendid lovely wonderful excellent perfect brilliant amazing awesome fantastic terrific
-        fabulous marvellous magnificent outstanding exceptional remarkable impressive stunning delightful charming pleasant
-        enjoyable agreeable likeable admirable commendable praiseworthy exquisite elegant graceful refined polished stylish
-        classy tasteful beautiful gorgeous attractive appealing inviting engaging captivating enchanting fascinating
-        refreshing original inventive imaginative creative clever smart ingenious skilful masterful accomplished competent
-        capable reliable dependable solid sound strong robust honest sincere genuine authentic warm friendly kind gentle
-        generous thoughtful considerate attentive careful precise flawless faultless impeccable immaculate sublime divine
-        heavenly glorious dazzling radiant vibrant lively cheerful joyful uplifting inspiring memorable unforgettable
-        satisfying rewarding worthwhile valuable welcome decent""",
+    "shared": """good great fine superb splendid lovely wonderful excellent perfect brilliant amazing awesome
+        fantastic terrific fabulous marvellous magnificent outstanding exceptional remarkable impressive
+        stunning delightful charming pleasant enjoyable agreeable likeable admirable commendable praiseworthy
+        exquisite elegant graceful refined polished stylish classy tasteful beautiful gorgeous attractive
+        appealing inviting engaging captivating enchanting fascinating refreshing original inventive
+        imaginative creative clever smart ingenious skilful masterful accomplished competent capable reliable
+        dependable solid sound strong robust honest sincere genuine authentic warm friendly kind gentle
+        generous thoughtful considerate attentive careful precise flawless faultless impeccable immaculate
+        sublime divine heavenly glorious dazzling radiant vibrant lively cheerful joyful uplifting inspiring
+        memorable unforgettable satisfying rewarding worthwhile valuable welcome decent""",
 }
 BLAME = {
     "restaurant": "stale soggy bland greasy burnt undercooked rancid tasteless",
     "film": "clichéd predictable far-fetched humourless overlong wooden melodramatic plotless",
-    "shared": """bad poor awful terrible horrible dreadful dire lousy rotten atrocious abysmal appalling disgusting revolting
-        repulsive nasty unpleasant disagreeable annoying irritating infuriating maddening tiresome tedious boring dull dreary
-        monotonous lifeless flat weak feeble flimsy shoddy sloppy careless clumsy awkward inept incompetent amateurish crude
-        coarse vulgar tacky cheap ugly hideous unsightly repellent offensive insulting rude arrogant hostile
-        cold unfriendly mean cruel heartless insincere dishonest fake phony pretentious pompous shallow empty hollow pointless
-        useless worthless hopeless pathetic pitiful miserable depressing dismal gloomy bleak grim disappointing
-        unsatisfying underwhelming mediocre inferior substandard deficient defective faulty flawed messy chaotic confusing
-        incoherent unbearable intolerable insufferable forgettable regrettable lamentable deplorable disastrous
-        catastrophic ridiculous absurd""",
+    "shared": """bad poor awful terrible horrible dreadful dire lousy rotten atrocious abysmal appalling
+        disgusting revolting repulsive nasty unpleasant disagreeable annoying irritating infuriating maddening
+        tiresome tedious boring dull dreary monotonous lifeless flat weak feeble flimsy shoddy sloppy careless
+        clumsy awkward inept incompetent amateurish crude coarse vulgar tacky cheap ugly hideous unsightly
+        repellent offensive insulting rude arrogant hostile cold unfriendly mean cruel heartless insincere
+        dishonest fake phony pretentious pompous shallow empty hollow pointless useless worthless hopeless
+        pathetic pitiful miserable depressing dismal gloomy bleak grim disappointing unsatisfying
+        underwhelming mediocre inferior substandard deficient defective faulty flawed messy chaotic confusing
+        incoherent unbearable intolerable insufferable forgettable regrettable lamentable deplorable
+        disastrous catastrophic ridiculous absurd""",
 }
 
 
 def review(rng, domain):
-    """One sentence about a restaurant or a film and the polarity of its main clause: (text, "positive" or "negative")."""
+    """One sentence about a restaurant or a film and the polarity of its main clause: (text, "positive" or
+    "negative")."""
 
     def clause(positive):
         negated = rng.random() < 0.3
         words = PRAISE if positive != negated else BLAME
         opinion = rng.choice(words[domain if rng.random() < 0.15 else "shared"].split())
-        verb = rng.choice(["was not", "wasn't", "was hardly"] if negated else ["was", "was very", "was really", "seemed"])
+        verb = rng.choice(["was not", "wasn't", "was hardly"] if negated else ["was", "was very", "seemed"])
         return f"the {rng.choice(NOUNS[domain].split())} {verb} {opinion}"
 
     positive = rng.random() < 0.5
@@ -103,7 +108,8 @@ def review(rng, domain):
 
 
 def reviews(domain, sizes={"train": 6000, "validation": 500, "test": 2000}):
-    """The built-in task: split name -> list of (text, label name), no sentence twice, the same on every machine."""
+    """The built-in task: split name -> list of (text, label name), no sentence twice, the same on every
+    machine."""
     rng, unique = random.Random(domain), {}
     while len(unique) < sum(sizes.values()):
         text, label = review(rng, domain)
@@ -120,9 +126,10 @@ class InputError(Exception):
 
 
 def bad_json_line(path):
-    """"file, line 7: reason" for the first line of a JSONL file, or of those in a folder, that is not JSON, else None."""
-    files = [path] if os.path.isfile(path) else [os.path.join(d, f) for d, _, fs in os.walk(path) for f in sorted(fs)]
-    for file in (f for f in files if f.endswith((".jsonl", ".json"))):
+    """"file, line 7: reason" for the first line of a JSONL file, or of those in a folder, that is not JSON,
+    else None."""
+    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
+    for file in (f for f in inside or [path] if f.endswith((".jsonl", ".json")) and os.path.isfile(f)):
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -132,14 +139,16 @@ def bad_json_line(path):
 
 
 def load_splits(spec):
-    """Load a data set with the `datasets` library: a dict of its splits. spec: "hub/name", "hub/name:configuration", or a
-    local folder or file (JSONL, CSV, parquet). Never runs code that comes with a data set. Raises InputError."""
+    """Load a data set with the `datasets` library: a dict of its splits. spec: "hub/name",
+    "hub/name:configuration", or a local folder or file (JSONL, CSV, parquet). Never runs code that comes with
+    a data set. Raises InputError."""
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(os.path.splitext(spec)[1])
+    ending = os.path.splitext(spec)[1]
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(ending)
     name, _, configuration = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
     if not os.path.exists(name) and (kind or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"no such file or folder: {name}")
@@ -152,11 +161,12 @@ def load_splits(spec):
 
 
 def find_columns(split, spec, text_columns, label_column):
-    """Names of the text columns and of the label column of a Dataset: as asked for, else found by name and type.
+    """Names of the text columns and of the label column of a Dataset: as asked for, else found by name and
+    type.
 
-    Found: label = the column "label", else the only column of whole numbers or classes; text = the column "text", else all
-    remaining columns of strings (two at most). Raises InputError if that leaves none or several.
-    """
+    Found: label = the column "label", else the only column of whole numbers or classes; text = the column
+    "text", else all remaining columns of strings (two at most). Raises InputError if that leaves none or
+    several. """
     features, columns = split.features, f"the columns of {spec} are {', '.join(split.column_names)}"
     dtype = {c: getattr(f, "dtype", "nested") for c, f in features.items()}
     missing = [c for c in [*(text_columns or []), label_column] if c and c not in features]
@@ -173,13 +183,14 @@ def find_columns(split, spec, text_columns, label_column):
     for c in text:
         if "string" not in dtype[c]:
             raise InputError(f"column {c!r} of {spec} holds {dtype[c]}, not text")
-    if "int" not in dtype[label[0]] and "string" not in dtype[label[0]] and dtype[label[0]] != "bool":
-        raise InputError(f"column {label[0]!r} of {spec} holds {dtype[label[0]]}: labels are names, whole numbers or booleans")
+    if not any(kind in dtype[label[0]] for kind in ("int", "string", "bool")):
+        raise InputError(f"column {label[0]!r} of {spec} holds {dtype[label[0]]}, not classes")
     return text, label[0]
 
 
 def rows(split, text_columns, label_column):
-    """Iterate over (text, label name) of a Dataset; the label name is None where there is no label (null, or -1 of a class)."""
+    """Iterate over (text, label name) of a Dataset; the label name is None where there is no label (null, or
+    -1 of a class)."""
     feature = split.features[label_column]
     names = getattr(feature, "names", None)
     for batch in split.select_columns([*text_columns, label_column]).iter(1000):
@@ -190,31 +201,6 @@ def rows(split, text_columns, label_column):
 
 
 # ----------------------------------------------------------------------------- from texts to batches
-
-
-class Examples(NamedTuple):
-    """N labelled texts in three flat arrays: no Python object per example, so a million texts cost only their word ids."""
-
-    tokens: np.ndarray  # word ids of all texts, one text after the other
-    start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
-    label: np.ndarray  # (N,) class ids, -1 where there is none
-
-    def take(self, keep):
-        """The examples for which the boolean array keep (N,) is True."""
-        length = np.diff(self.start)
-        start = np.concatenate([[0], np.cumsum(length[keep])])
-        return Examples(self.tokens[np.repeat(keep, length)], start, self.label[keep])
-
-    def texts(self):
-        """Iterate over the texts as byte strings, comparable between Examples that share their word ids."""
-        return (self.tokens[a:b].tobytes() for a, b in zip(self.start[:-1], self.start[1:]))
-
-    def batch(self, index, device="cpu"):
-        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array index (B,)."""
-        start, length = self.start[index, None], np.diff(self.start)[index, None]
-        column = np.arange(length.max())
-        ids = np.where(column < length, self.tokens[np.minimum(start + column, len(self.tokens) - 1)], PAD)
-        return torch.from_numpy(ids).long().to(device), torch.from_numpy(self.label[index]).long().to(device)
 
 
 class Data(NamedTuple):
@@ -229,16 +215,6 @@ class Data(NamedTuple):
     notes: list  # what the reader of a report should know about these data
 
 
-def tokenize(pairs, max_length, word_id, label_id):
-    """Turn (text, label name) pairs into Examples; new words and label names get the next free id in the two dicts."""
-    tokens, start, label = array("i"), array("q", [0]), array("i")
-    for text, name in pairs:
-        tokens.extend([word_id.setdefault(w, len(word_id)) for w in words(text, max_length)])
-        start.append(len(tokens))
-        label.append(-1 if name is None else label_id.setdefault(name, len(label_id)))
-    return Examples(np.array(tokens), np.array(start), np.array(label))
-
-
 def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("train", "validation", "test")):
     """Load and tokenize a task: ({split: Examples}, label names, notes). word_id grows. Raises InputError."""
     domain = spec.removeprefix("reviews:")
@@ -247,7 +223,7 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
     splits, label_id, notes = {}, {}, []
     found = reviews(domain) if domain != spec else load_splits(spec)
     for split in wanted:
-        key = next((k for k in found if k.startswith(split[:5])), None)  # "valid..." also finds validation_matched
+        key = next((k for k in found if k.startswith(split[:5])), None)  # "valid" finds validation_matched
         if key is None:
             continue
         pairs = found[key]
@@ -283,11 +259,12 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
 
 
 def limited_subset(label, n, seed):
-    """Boolean mask (N,) of n examples: seeded, stratified and nested (the subset of 100 lies inside the subset of 200).
+    """Boolean mask (N,) of n examples: seeded, stratified and nested (the subset of 100 lies inside the
+    subset of 200).
 
-    Examples are ranked at random within their class and taken in order of rank / class size: every class comes in
-    proportion to its frequency, within one example, and every class comes once before any comes twice (if n allows).
-    """
+    Examples are ranked at random within their class and taken in order of rank / class size: every class
+    comes in proportion to its frequency, within one example, and every class comes once before any comes
+    twice (if n allows). """
     order = np.random.default_rng(seed).permutation(len(label))
     rank = np.empty(len(label))
     for c in np.unique(label):
@@ -299,30 +276,32 @@ def limited_subset(label, n, seed):
 
 
 def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, label_column=None, seed=0):
-    """Load both tasks and return a Data: the limited training subset, and one vocabulary made of the training texts.
+    """Load both tasks and return a Data: the limited training subset, and one vocabulary made of the training
+    texts.
 
-    n_target: labelled target examples to train on, 0 = all. aux: "none" for no second task. Auxiliary examples whose
-    text also occurs in the target's validation or test split are dropped. Raises InputError.
+    n_target: labelled target examples to train on, 0 = all. aux: "none" for no second task. Auxiliary
+    examples whose text also occurs in the target's validation or test split are dropped. Raises InputError.
     """
     word_id = {word: i for i, word in enumerate(SPECIAL)}
     column = (label_column or [None])[0]
     splits, names, notes = load_task(target, text_columns, column, max_length, word_id)
     train, labels, second = splits["train"], {"target": names}, None
     if n_target > len(train.label):
-        raise InputError(f"n_target {n_target} is larger than the {len(train.label)} training examples of {target}")
+        raise InputError(f"n_target {n_target} is larger than the {len(train.label)} examples of {target}")
     if n_target:
         train = train.take(limited_subset(train.label, n_target, seed))
     if len(set(train.label)) < 2:
         raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")
     if aux != "none":
         column = (label_column or [None])[-1]
-        parts, labels["auxiliary"], more = load_task(aux, text_columns, column, max_length, word_id, ("train",))
-        second = parts["train"]
+        part, names, more = load_task(aux, text_columns, column, max_length, word_id, ("train",))
+        second, labels["auxiliary"] = part["train"], names
         held_out = {text for split in ("validation", "test") for text in splits[split].texts()}
         keep = np.fromiter((text not in held_out for text in second.texts()), dtype=bool)
-        notes += [*more, f"auxiliary examples dropped because the target is tested on them: {int((~keep).sum())}"]
+        dropped = f"dropped {(~keep).sum()} auxiliary examples found in the target's held-out splits"
+        notes += [*more, dropped]
         if not keep.any():
-            raise InputError(f"every training example of {aux} occurs in the validation or test split of {target}")
+            raise InputError(f"every training example of {aux} occurs in the held-out splits of {target}")
         second = second.take(keep)
     parts = [train, splits["validation"], splits["test"], second]
     count = sum(np.bincount(e.tokens, minlength=len(word_id)) for e in (train, second) if e)
@@ -336,7 +315,8 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
 
 
 def epoch_order(length, batch_size, rng):
-    """A random order (N,) of N texts in which neighbours have similar lengths, so that batches need little padding.
+    """A random order (N,) of N texts in which neighbours have similar lengths, so that batches need little
+    padding.
 
     Texts are shuffled, sorted by length (N,) within pools of 16 batches, and the batches are shuffled again.
     """
@@ -348,11 +328,11 @@ def epoch_order(length, batch_size, rng):
 
 
 def batch_order(examples, batch_size, seed):
-    """A function from a step to the indices (batch_size,) of its examples: epochs, each shuffled, one after the other.
+    """A function from a step to the indices (batch_size,) of its examples: epochs, each shuffled, one after
+    the other.
 
-    The indices are a pure function of (step, seed): the order of one task cannot depend on the other task, and a run
-    that is resumed needs no state to go on.
-    """
+    The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
+    and a run that is resumed needs no state to go on. """
     length = np.diff(examples.start)
 
     @lru_cache(maxsize=2)

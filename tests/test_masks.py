@@ -82,7 +82,8 @@ def test_sparsity_schedule_is_zero_then_linear_then_constant():
 
 
 def test_lagrangian_pulls_sparsity_towards_the_target_from_both_sides():
-    """With lambda1 = 0 the penalty is least at the target; the multipliers' own gradients are the gap and its square."""
+    """With lambda1 = 0 the penalty is least at the target; the multipliers' own gradients are the gap and its
+    square."""
     lambdas = torch.tensor([0.0, 5.0], requires_grad=True)
     values = [lagrangian(torch.tensor(s), 0.5, lambdas) for s in (0.3, 0.5, 0.7)]
     assert values[1] == 0 and values[0] > 0 and values[2] > 0
@@ -107,7 +108,8 @@ def test_controller_reaches_the_target_without_a_task_in_the_shortest_window_all
 
 @pytest.mark.parametrize("seed", range(5))
 def test_selection_meets_the_budget_by_less_than_one_unit(seed):
-    """For every target from 0 to the reachable maximum: asked <= delivered < asked + the smallest dropped unit."""
+    """For every target from 0 to the reachable maximum: asked <= delivered < asked + the smallest dropped
+    unit."""
     prob = random_gates(seed).prob_open()
     total = 4 * 4 * HEAD + 4 * FFN
     for target in torch.arange(0, masks.max_sparsity(4, 4, HEAD, FFN), 0.01).tolist():

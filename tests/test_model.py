@@ -62,7 +62,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_extracted_logits_equal_masked_logits(name):
-    """Cutting a unit out equals closing its gate; 1e-5 is float32 rounding, sums being taken in another order."""
+    """Cutting a unit out equals closing its gate; 1e-5 is float32 rounding, sums being taken in another
+    order."""
     model, ids, z = network(), texts(), CASES[name]
     small = extract(model, z)
     for task in ("target", "auxiliary"):

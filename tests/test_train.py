@@ -11,7 +11,7 @@ import torch
 
 import train as loop
 from masks import Gates, Z
-from model import Config, GatedTransformer, prunable
+from model import Config, Examples, GatedTransformer, evaluate, prunable
 from test_transfer import small_task, write
 from transfer import InputError, batch_order, couple, prepare
 
@@ -58,7 +58,8 @@ def gradients(aux, *flags):
 
 
 def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(tmp_path):
-    """Parameters, not losses: equal when transfer would start after the last step, different when it starts just before."""
+    """Parameters, not losses: equal when transfer would start after the last step, different when it starts
+    just before."""
     run(tmp_path / "off", "--aux_weight", 0)
     run(tmp_path / "late", "--aux_weight", 0.5, "--transfer_start", 60)
     run(tmp_path / "last", "--aux_weight", 0.5, "--transfer_start", 59)
@@ -77,7 +78,8 @@ def test_transfer_stop_closes_the_window(tmp_path):
 
 
 def test_what_is_transferred_decides_which_gradients_change():
-    """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its classifier always learns."""
+    """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its classifier always
+    learns."""
     alone = gradients(False)
     for what, weights_change, gates_change in (("gates", False, True), ("weights", True, False), ("both", True, True)):
         helped = gradients(True, "--transfer", what)
@@ -137,9 +139,8 @@ def test_macro_f1_and_accuracy_by_hand():
     class Fixed(torch.nn.Module):
         def forward(self, ids, task, z):
             return torch.nn.functional.one_hot(ids[:, 0], 4).float()
-    from transfer import Examples
     predicted, label = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 3])
-    accuracy, f1, _ = loop.evaluate(Fixed(), Examples(predicted, np.arange(7), label), None, "cpu")
+    accuracy, f1, _ = evaluate(Fixed(), Examples(predicted, np.arange(7), label), None, "cpu")
     assert accuracy == pytest.approx(3 / 6)
     assert f1 == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (2 + 2) + 0 + 0) / 4)
 
@@ -148,7 +149,8 @@ def test_macro_f1_and_accuracy_by_hand():
 
 
 def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
-    """Through the real command line, in a folder of its own; the numbers in result.json agree with the network on disk."""
+    """Through the real command line, in a folder of its own; the numbers in result.json agree with the
+    network on disk."""
     done = command(*SHORT, "--aux_weight", 0.5, "--transfer_start", 30, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["history.jsonl", "pruned.pt", "result.json"]
@@ -182,6 +184,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     assert any(a[n].shape != c.get(n, a[n][:0]).shape or not torch.equal(a[n], c[n]) for n in a)
 
 
+def test_the_network_kept_is_the_best_on_validation_of_the_fine_tuning_phase(tmp_path, monkeypatch):
+    """Whatever the larger network scored before; the file on disk has the validation accuracy that is reported."""
+    monkeypatch.setattr(loop, "EVAL_EVERY", 2)
+    result = run(tmp_path, "--lr", 0.01, "--n_target", 500)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    tuned = [row["validation_accuracy"] for row in rows if row["phase"] == "finetune"]
+    assert len(tuned) == 10 and len(set(tuned)) > 1 and result["validation_accuracy"] == max(tuned)
+    data = prepare("reviews:restaurant", "reviews:film", 500, 64, 10000)
+    small = GatedTransformer.load(tmp_path / "pruned.pt")
+    assert evaluate(small, data.validation, None, "cpu")[0] == result["validation_accuracy"]
+
+
 def test_without_sparsity_nothing_is_pruned(tmp_path):
     result = run(tmp_path, "--sparsity", 0)
     assert result["delivered_sparsity"] == 0 and result["params_pruned"] == result["params_dense"]
@@ -189,8 +203,8 @@ def test_without_sparsity_nothing_is_pruned(tmp_path):
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
-    """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept wherever one
-    fits into the budget, and far from the accuracy 0.5 of guessing."""
+    """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
+    wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
     result = loop.train(loop.parse_args([
         "--sparsity", str(sparsity), "--n_target", "3000", "--aux_weight", "0", "--steps", "1000", "--prune_start", "200",
         "--prune_ramp", "300", "--finetune_steps", "350", "--out_dir", str(tmp_path)]))

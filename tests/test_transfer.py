@@ -52,7 +52,8 @@ def test_transferred_names_what_the_auxiliary_gradient_may_touch():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_projection_never_points_against_the_target_and_equals_the_sum_when_they_agree(seed):
-    """The auxiliary part of the update has inner product >= 0 with the target gradient (1e-4: float32 rounding)."""
+    """The auxiliary part of the update has inner product >= 0 with the target gradient (1e-4: float32
+    rounding)."""
     generator = torch.Generator().manual_seed(seed)
     g_target = [torch.randn(shape, generator=generator) for shape in [(5, 4), (7,), ()]]
     g_aux = [torch.randn(t.shape, generator=generator) for t in g_target]
@@ -87,7 +88,8 @@ def test_built_in_sentences_are_unique_balanced_and_the_same_every_time():
 
 
 def test_the_label_is_the_polarity_of_the_main_clause():
-    """Parse every sentence again, independently: drop the clause of the conjunction, look up the adjective, count negations."""
+    """Parse every sentence again, independently: drop the clause of the conjunction, look up the adjective,
+    count negations."""
     from transfer import BLAME, PRAISE
     polarity = {w: 1 for ws in PRAISE.values() for w in ws.split()} | {w: -1 for ws in BLAME.values() for w in ws.split()}
     for text, label in reviews("restaurant")["train"]:
@@ -99,7 +101,8 @@ def test_the_label_is_the_polarity_of_the_main_clause():
 
 
 def test_200_sentences_do_not_show_most_of_what_the_opinion_words_mean():
-    """At most half of the opinion words occur twice among 200 labelled sentences; the auxiliary task has them all."""
+    """At most half of the opinion words occur twice among 200 labelled sentences; the auxiliary task has them
+    all."""
     from transfer import BLAME, PRAISE
     opinions = {w for ws in (*PRAISE.values(), *BLAME.values()) for w in ws.split() if "-" not in w}
     count = Counter(w for text, _ in reviews("restaurant")["train"][:200] for w in words(text, 64) if w in opinions)
@@ -137,7 +140,7 @@ def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_p
     write(tmp_path / "a", "train.jsonl", sentences(40, 10) + [{"text": "SENTENCE  number 22 of many", "label": "no"}])
     data = prepare(target, str(tmp_path / "a"), 0, 64, 1000)
     assert len(data.aux.label) == 30
-    assert any("dropped because the target is tested on them: 11" in note for note in data.notes)
+    assert any("dropped 11 auxiliary" in note for note in data.notes)
     numbers = {data.vocab[t] for t in data.aux.tokens}
     assert not numbers & {str(i) for i in range(20, 30)} and {str(i) for i in range(30, 50)} <= numbers
 
@@ -186,8 +189,9 @@ def test_batches_are_padded_to_their_own_longest_text(tmp_path):
 
 
 def test_a_folder_like_glue_loads_with_configuration_pairs_and_label_names(tmp_path):
-    """Named configurations in a README, two text columns, integer labels with names, a test split without labels: the
-    validation split is then reported, a fixed part of train is used for selection, and a note says both."""
+    """Named configurations in a README, two text columns, integer labels with names, a test split without
+    labels: the validation split is then reported, a fixed part of train is used for selection, and a note
+    says both."""
     from datasets import ClassLabel, Dataset, Features, Value
     features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "idx": Value("int32"),
                          "label": ClassLabel(names=["entailment", "not_entailment"])})
