@@ -115,8 +115,7 @@ def check(args):
         if args.prune_ramp > window:
             fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
         if steps_to_settle(args.gate_lr) > window:
-            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps to fine-tuning, "
-                 f"and there are {window}")
+            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps, not {window}")
 
 
 def unit_sizes(args):
@@ -248,7 +247,7 @@ def train(args):
             wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
             penalty = lagrangian(expected, wanted, gates.lambdas)
         backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         gates.clamp_()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from masks import Z
-from model import PAD, SEP, SPECIAL, UNK, Config, GatedTransformer, dropout_noise, extract, prunable, words
+from model import PAD, SEP, SPECIAL, UNK, Config, GatedTransformer, dropout_noise, extract, project, prunable, words
 
 L, H, C = 3, 4, 32
 VOCAB = [*SPECIAL, *(f"w{i}" for i in range(40))]
@@ -101,6 +101,17 @@ def test_every_gate_gets_the_gradient_of_the_logits_with_respect_to_it():
     model, ids = network().double(), texts()
     z = Z(torch.full((L, H), 0.7, dtype=torch.double, requires_grad=True), torch.full((L,), 0.6, dtype=torch.double, requires_grad=True))
     assert torch.autograd.gradcheck(lambda head, ffn: model(ids, "target", Z(head, ffn)), (z.head, z.ffn))
+
+
+def test_the_product_and_its_gradients_equal_torchs_linear():
+    """Float32 rounding apart (1e-5 relative), for two and three dimensions and odd sizes."""
+    for shape, width in (((5, 7, 33), 9), ((64, 64), 256), ((1, 3), 1)):
+        x, weight = torch.randn(shape, requires_grad=True), torch.randn(width, shape[-1], requires_grad=True)
+        grad = torch.randn(*shape[:-1], width)
+        ours, theirs = project(x, weight), F.linear(x, weight)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs))):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 def test_attention_equals_a_loop_over_texts_heads_and_tokens():
