@@ -30,8 +30,8 @@ WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 class Product(torch.autograd.Function):
     """x @ weight.T and its gradients by oneDNN, which torch ships but does not use for float32.
 
-    Same precision, and up to twice as fast on processors for which torch's default library (MKL) has no AVX-512
-    kernels, such as AMD's.
+    Same precision, and up to twice as fast on processors for which torch's default library (MKL) has no
+    AVX-512 kernels, such as AMD's.
     """
 
     @staticmethod
@@ -85,8 +85,8 @@ class Block(nn.Module):
     def attention(self, x, attn_mask, z):
         """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H D,) gates or None.
 
-        A gate multiplies its head's context. Multiplying the columns of the output matrix that read this context is
-        the same product and cheaper, since there are more tokens than rows of the matrix.
+        A gate multiplies its head's context. Multiplying the columns of the output matrix that read this context
+        is the same product and cheaper, since there are more tokens than rows of the matrix.
         """
         B, T, _ = x.shape
         qkv = project(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
@@ -282,3 +282,11 @@ def latency_ms(models, ids, repeats=50):
             model(ids, "target").cpu()
             seconds.append(time.perf_counter() - start)
     return [1000 * statistics.median(seconds) for seconds in times]
+
+
+def interval(values):
+    """Mean, standard deviation and half-width of the 95 % t-interval of independent values (nan for one)."""
+    t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 degrees of freedom a little too wide
+    return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5

@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_settle
-from model import Config, GatedTransformer, dropout_noise, evaluate, extract, latency_ms, prunable
+from model import Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms, prunable
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
@@ -66,6 +67,7 @@ def parse_args(argv=None):
     add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
+    add("--structure", choices=["learned", "random"], default="learned", help="random: a control")
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
@@ -73,6 +75,7 @@ def parse_args(argv=None):
     add("--target_start", type=int, default=0, help="when: first step with the target loss")
     add("--coupling", choices=["sum", "project"], default="sum", help="how: conflicts stay or go")
     add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it reaches")
+    add("--aux_shuffle", action="store_true", help="a control: auxiliary labels in random order")
     # optimization
     add("--steps", type=int, default=3000, help="optimizer steps in all, >= 1")
     add("--batch_size", type=int, default=32, help="examples of each task per step, >= 1")
@@ -82,6 +85,8 @@ def parse_args(argv=None):
     add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1)")
     # run
     add("--seed", type=int, default=0, help="subset, initialisation, order and noise follow it, >= 0")
+    add("--seeds", type=int, default=1, help="runs, with seeds seed, seed + 1, ...; >= 1")
+    add("--baseline", action="store_true", help="run every seed without transfer too, and compare")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args(argv)
@@ -95,7 +100,7 @@ def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
     lowest = {"vocab_size": 4, "lr": 1e-9, "gate_lr": 1e-9}
     lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model"], 1)
-    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "steps", "batch_size"], 1)
+    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "steps", "batch_size", "seeds"], 1)
     highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
@@ -115,7 +120,8 @@ def check(args):
         if args.prune_ramp > window:
             fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
         if steps_to_settle(args.gate_lr) > window:
-            fail(f"at gate_lr {args.gate_lr} pruning needs {steps_to_settle(args.gate_lr)} steps, not {window}")
+            needed = steps_to_settle(args.gate_lr)
+            fail(f"at gate_lr {args.gate_lr} pruning needs {needed} steps before fine-tuning, not {window}")
 
 
 def unit_sizes(args):
@@ -142,11 +148,17 @@ def lr_at(step, args):
     return args.lr * min((step + 1) / WARMUP, 1, left)
 
 
+def random_prob(gates, seed):
+    """Random numbers in place of learned probabilities, for the control with a random structure."""
+    draw = torch.rand(gates.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
+    return Z(draw[:, :-2].to(gates.log_alpha.device), draw[:, -1].to(gates.log_alpha.device))
+
+
 def phase_at(step, args):
     """Name of the phase that `step` belongs to."""
     if step >= args.steps - args.finetune_steps:
         return "finetune"
-    return "prune" if args.sparsity and step >= args.prune_start else "dense"
+    return "prune" if args.sparsity and args.structure == "learned" and step >= args.prune_start else "dense"
 
 
 def stream(task, args):
@@ -194,6 +206,8 @@ def train(args):
     stop = args.steps if args.transfer_stop is None else args.transfer_stop
     data = prepare(args.target, args.aux, args.n_target, args.max_length, args.vocab_size, args.text_columns,
                    args.label_column, args.seed)
+    if args.aux_shuffle and data.aux:
+        np.random.default_rng(args.seed).shuffle(data.aux.label)
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         history = open(os.path.join(args.out_dir, "history.jsonl"), "w")
@@ -226,7 +240,8 @@ def train(args):
         phase = phase_at(step, args)
         pruning = phase == "prune"
         if args.sparsity and step == args.steps - args.finetune_steps:  # the structure is chosen and cut out
-            structure = select(gates.prob_open(), args.sparsity, *sizes)
+            prob = gates.prob_open() if args.structure == "learned" else random_prob(gates, args.seed)
+            structure = select(prob, args.sparsity, *sizes)
             model = extract(dense, structure)
             optimizer = make_optimizer(model, gates, args)
         for group in optimizer.param_groups[:2]:
@@ -281,6 +296,7 @@ def train(args):
         "params_pruned": sum(p.numel() for p in model.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
         "seconds": time.time() - began, "seed": args.seed, "notes": data.notes, "args": vars(args),
+        "torch": torch.__version__, "commit": commit(),
     }
     model.save(os.path.join(args.out_dir, "pruned.pt"))
     with open(os.path.join(args.out_dir, "result.json"), "w") as file:
@@ -301,9 +317,57 @@ def report(result):
     print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
 
 
+def commit():
+    """Git commit of this file's folder, or None."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def series(args):
+    """Runs over several seeds, with transfer and, for --baseline, without; out_dir/results.jsonl keeps their rows.
+
+    Runs whose row is already there are not repeated. Returns {aux_weight: list of results in order of seed}.
+    """
+    path = os.path.join(args.out_dir, "results.jsonl")
+    rows = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+    results = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for weight in [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]:
+            folder = os.path.join(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer"))
+            one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "baseline": False,
+                                        "aux_weight": weight, "out_dir": folder})
+            row = next((row for row in rows if row["args"] == vars(one)), None)
+            if row is None:
+                row = train(one)
+                with open(path, "a") as file:
+                    print(json.dumps(row), file=file)
+            results.setdefault(weight, []).append(row)
+    return results
+
+
+def report_series(results):
+    """Print mean, standard deviation and 95 % interval of each setting, and the paired difference."""
+    accuracy = {weight: [100 * row["test_accuracy"] for row in rows] for weight, rows in results.items()}
+    for weight, values in accuracy.items():
+        mean, deviation, half = interval(values)
+        print(f"aux_weight {weight:g}: test accuracy {mean:.1f} %, standard deviation {deviation:.1f}, "
+              f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+    if len(accuracy) == 2:
+        helped, alone = accuracy.values()
+        mean, _, half = interval([a - b for a, b in zip(helped, alone)])
+        print(f"transfer: {mean:+.1f} points [{mean - half:.1f}, {mean + half:.1f}], n = {len(alone)}")
+
+
 if __name__ == "__main__":
     try:
-        report(train(parse_args()))
+        arguments = parse_args()
+        if arguments.seeds > 1 or arguments.baseline:
+            report_series(series(arguments))
+        else:
+            report(train(arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

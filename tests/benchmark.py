@@ -5,7 +5,6 @@ step, 2 cost of the gates, 3 extracted network, 4 share of the machine's peak, 5
 """
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -180,19 +179,21 @@ def share_of_peak():
         print(f"   {shape}: {work / ms['step'] / 1e6:6.1f} of {peak:6.1f} GFLOP/s = {work / ms['step'] / 1e6 / peak:.2f}")
 
 
-def run(*command):
-    """Seconds and peak MB of a process."""
+PEAK = r"int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) / 1024"  # MB, of this process (Linux)
+
+
+def run(*flags):
+    """Seconds and peak MB of the command line, in a process of its own."""
+    code = f"import re, runpy, sys; sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__'); print({PEAK})"
     start = time.perf_counter()
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);" \
-           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, int(done.stdout) / 1024
+    done = subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True, text=True, cwd=ROOT)
+    return time.perf_counter() - start, float(done.stdout.splitlines()[-1])
 
 
 def first_command():
     print("\n5. whole processes: python train.py --aux_weight 0.5 --transfer_start 1000")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), "--aux_weight", "0.5", "--out_dir", folder]
+        command = ["--aux_weight", "0.5", "--out_dir", folder]
         seconds, mb = run(*command, "--transfer_start", "1000")
         print(f"   the run: {seconds:.1f} s, peak {mb:.0f} MB")
         seconds, _ = run(*command, "--steps", "1", "--finetune_steps", "1", "--sparsity", "0")
@@ -213,12 +214,11 @@ def growth():
                 for i in range(n):
                     file.write(f'{{"text": "the number {i % 5000} is word w{i % 7919} of {i % 13}", "label": {i % 2}}}\n')
             code = f"""
-import resource, sys, time; sys.path.insert(0, {str(ROOT)!r}); import datasets, transfer
-used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-start, before = time.time(), used()
+import re, sys, time; sys.path.insert(0, {str(ROOT)!r}); import datasets, transfer
+start, before = time.time(), {PEAK}
 data = transfer.prepare({folder!r}, "none", 0, 64, 10000)
 ids = sum(e.tokens.nbytes + e.start.nbytes + e.label.nbytes for e in (data.train, data.validation, data.test)) / 2**20
-print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, {{used() - before:.0f}} MB more memory at the peak")"""
+print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, more memory at the peak, MB:", round({PEAK} - before))"""
             environment = {**os.environ, "HF_DATASETS_CACHE": folder}
             done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
             print(f"   {n:9,d} texts: {done.stdout.strip()}", flush=True)
