@@ -20,6 +20,8 @@ from torch import nn
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizos et al. 2018)
 LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: further out a gate is too flat to ever come back
 SPRING = 50.0  # lambda2 starts here: a spring from the first step; from 0, all gates would fall at once
+WARMUP = 100  # steps in which the learning rate of the weights rises to its full value
+LAMBDA_LR = 0.3  # learning rate of the two multipliers
 INIT = 2.5  # every gate starts here: the deterministic gate is exactly 1, and P(open) is 0.98
 
 
@@ -74,10 +76,28 @@ class Gates(nn.Module):
         multiply."""
         return self.effective(prob_open(self.log_alpha))
 
+    def random(self, seed):
+        """Random numbers in place of P(open), for a control with a random structure."""
+        draw = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
+        return self.effective(draw.to(self.log_alpha.device))
+
+    def parameter_groups(self, gate_lr):
+        """For the optimiser: own learning rates, no weight decay, and the multipliers go uphill."""
+        return [
+            {"params": [self.log_alpha], "lr": gate_lr, "weight_decay": 0.0, "betas": (0.5, 0.9)},  # forgets
+            {"params": [self.lambdas], "lr": LAMBDA_LR, "weight_decay": 0.0, "maximize": True},
+        ]
+
     @torch.no_grad()
     def clamp_(self):
         """Call after every optimiser step."""
         self.log_alpha.clamp_(-LIMIT, LIMIT)
+
+
+def unit_sizes(d_model, n_head):
+    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer (4 d_model
+    wide)."""
+    return 4 * d_model * (d_model // n_head), 8 * d_model**2
 
 
 def sparsity(z, head_size, ffn_size):
@@ -89,6 +109,16 @@ def sparsity(z, head_size, ffn_size):
     that counts. """
     total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
     return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
+
+
+def phase_at(step, prune_start, finetune_start):
+    """Name of the phase of a run that `step` belongs to: "dense", "prune" or "finetune"."""
+    return "finetune" if step >= finetune_start else "prune" if step >= prune_start else "dense"
+
+
+def lr_at(step, lr, finetune_start, steps):
+    """Learning rate of the weights: linear warm-up, constant, linear to zero while fine-tuning."""
+    return lr * min((step + 1) / WARMUP, 1, (steps - step) / (steps - finetune_start))
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
@@ -117,9 +147,20 @@ def max_sparsity(n_layer, n_head, head_size, ffn_size):
 
 def steps_to_settle(gate_lr):
     """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that
-    closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many again to
-    settle on its target."""
+    closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many
+    again."""
     return math.ceil(3 * (INIT + LIMIT) / gate_lr)
+
+
+def why_unreachable(target, steps, ramp, gate_lr, n_layer, n_head, d_model):
+    """The reason why a sparsity target cannot be met with `steps` steps of pruning, or None if it can."""
+    reachable, needed = max_sparsity(n_layer, n_head, *unit_sizes(d_model, n_head)), steps_to_settle(gate_lr)
+    if target >= reachable:
+        return f"sparsity must be below {reachable:.3f}, which the gates can reach, not {target}"
+    if target and ramp > steps:
+        return f"prune_start, the {ramp} steps of prune_ramp and fine-tuning take more than all steps"
+    if target and needed > steps:
+        return f"at gate_lr {gate_lr} pruning needs {needed} steps before fine-tuning, not {steps}"
 
 
 @torch.no_grad()

@@ -10,8 +10,12 @@ attention.
 Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head
 size. """
 
+import ctypes
+import io
+import os
 import re
 import statistics
+import sys
 import time
 from array import array
 from dataclasses import asdict, dataclass, replace
@@ -85,9 +89,8 @@ class Block(nn.Module):
     def attention(self, x, attn_mask, z):
         """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H D,) gates or None.
 
-        A gate multiplies its head's context. Multiplying the columns of the output matrix that read this context
-        is the same product and cheaper, since there are more tokens than rows of the matrix.
-        """
+        A gate multiplies its head's context. Multiplying the columns of the output matrix that read this
+        context is the same product and cheaper, since there are more tokens than rows of the matrix. """
         B, T, _ = x.shape
         qkv = project(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -157,7 +160,7 @@ class GatedTransformer(nn.Module):
     def save(self, path):
         """Write weights, shapes, vocabulary and label names to one file."""
         parts = {"config": asdict(self.config), "vocab": self.vocab, "labels": self.labels}
-        torch.save({**parts, "state": self.state_dict()}, path)
+        write(path, {**parts, "state": self.state_dict()})
 
     @classmethod
     def load(cls, path):
@@ -166,6 +169,21 @@ class GatedTransformer(nn.Module):
         model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
         model.load_state_dict(parts["state"])
         return model
+
+
+def write(path, parts):
+    """Write a dict of tensors and plain values so that the file is there completely or, on any failure, as
+    before.
+
+    Raises OSError, and leaves nothing half-written, when the disk is full or the folder gone.
+    """
+    content = io.BytesIO()
+    torch.save(parts, content)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def words(text, max_length):
@@ -255,7 +273,8 @@ def extract(model, z):
 
 @torch.no_grad()
 def evaluate(model, examples, z, device):
-    """Accuracy, macro-averaged F1 and mean cross-entropy (nats) of the target task. z: gates or None."""
+    """Accuracy, macro_f1 (mean over classes) and loss (nats) of the target task, as a dict. z: gates or
+    None."""
     order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
     logits, labels = [], []
     for index in np.array_split(order, max(1, len(order) // 256)):
@@ -268,8 +287,8 @@ def evaluate(model, examples, z, device):
     for c in torch.cat([predicted, labels]).unique():
         hit = ((predicted == c) & (labels == c)).sum()
         f1.append((2 * hit / ((predicted == c).sum() + (labels == c).sum())).item())
-    accuracy = (predicted == labels).float().mean().item()
-    return accuracy, sum(f1) / len(f1), F.cross_entropy(logits, labels).item()
+    accuracy, loss = (predicted == labels).double().mean(), F.cross_entropy(logits, labels)
+    return {"accuracy": accuracy.item(), "macro_f1": sum(f1) / len(f1), "loss": loss.item()}
 
 
 @torch.no_grad()
@@ -290,3 +309,12 @@ def interval(values):
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 degrees of freedom a little too wide
     return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5
+
+
+def keep_freed_memory():
+    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a
+    quarter of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -12,41 +12,34 @@ bottom.
 """
 
 import argparse
-import ctypes
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from masks import Z, Gates, lagrangian, max_sparsity, select, sparsity, sparsity_at, steps_to_settle
-from model import Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms, prunable
+from masks import (Gates, lagrangian, lr_at, phase_at, select, sparsity, sparsity_at, unit_sizes,
+                   why_unreachable)
+from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, keep_freed_memory,
+                   latency_ms, prunable, write)
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
-WARMUP = 100  # steps in which the learning rate rises to its full value
-LAMBDA_LR = 0.3  # learning rate of the two multipliers
-
-
-def keep_freed_memory():
-    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a
-    quarter of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+CAUGHT = []  # signals that asked the process to stop; the loop ends between two steps
 
 
 def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
     # data
@@ -71,7 +64,7 @@ def parse_args(argv=None):
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
-    add("--transfer_stop", type=int, default=None, help="when: first step without it again; default: never")
+    add("--transfer_stop", type=int, default=10**9, help="when: first step without it again; default: never")
     add("--target_start", type=int, default=0, help="when: first step with the target loss")
     add("--coupling", choices=["sum", "project"], default="sum", help="how: conflicts stay or go")
     add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it reaches")
@@ -85,6 +78,8 @@ def parse_args(argv=None):
     add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1)")
     # run
     add("--seed", type=int, default=0, help="subset, initialisation, order and noise follow it, >= 0")
+    add("--resume", action="store_true", help="go on where the interrupted run of the same command stopped")
+    add("--checkpoint_every", type=int, default=500, help="steps between two checkpoints, >= 1")
     add("--seeds", type=int, default=1, help="runs, with seeds seed, seed + 1, ...; >= 1")
     add("--baseline", action="store_true", help="run every seed without transfer too, and compare")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
@@ -99,66 +94,45 @@ def fail(message):
 def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
     lowest = {"vocab_size": 4, "lr": 1e-9, "gate_lr": 1e-9}
-    lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model"], 1)
-    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "steps", "batch_size", "seeds"], 1)
+    lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model", "batch_size", "steps", "seeds"], 1)
+    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "checkpoint_every"], 1)
     highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"{name} must be at least {low} and at most {high:g}, not {value}")
-    if args.transfer_stop is not None and args.transfer_stop < args.transfer_start:
-        fail(f"transfer_stop {args.transfer_stop} lies before transfer_start {args.transfer_start}")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         fail(f"device {args.device} is not available here")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
-    reachable = max_sparsity(args.n_layer, args.n_head, *unit_sizes(args))
-    if args.sparsity >= reachable:
-        fail(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
-    if args.sparsity:
-        window = args.steps - args.finetune_steps - args.prune_start
-        if args.prune_ramp > window:
-            fail(f"prune_start + prune_ramp + finetune_steps is more than the {args.steps} steps")
-        if steps_to_settle(args.gate_lr) > window:
-            needed = steps_to_settle(args.gate_lr)
-            fail(f"at gate_lr {args.gate_lr} pruning needs {needed} steps before fine-tuning, not {window}")
-
-
-def unit_sizes(args):
-    """Parameters of one head and of one feed-forward sublayer."""
-    return 4 * args.d_model * (args.d_model // args.n_head), 8 * args.d_model**2
+    if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
+        fail("with torchrun batch_size must divide by the processes; --seeds and --baseline are not possible")
+    window, shape = args.steps - args.finetune_steps - args.prune_start, (args.n_layer, args.n_head, args.d_model)
+    if reason := why_unreachable(args.sparsity, window, args.prune_ramp, args.gate_lr, *shape):
+        fail(reason)
 
 
 def make_optimizer(model, gates, args):
     """One fused AdamW: matrices are decayed, gates never are, and the multipliers go uphill."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay},
-        {"params": vectors, "lr": args.lr},
-        {"params": [gates.log_alpha], "lr": args.gate_lr, "betas": (0.5, 0.9)},  # short memory: no overshoot
-        {"params": [gates.lambdas], "lr": LAMBDA_LR, "maximize": True},
-    ]
+    decayed = {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay}
+    groups = [decayed, {"params": vectors, "lr": args.lr}, *gates.parameter_groups(args.gate_lr)]
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
 
 
-def lr_at(step, args):
-    """Learning rate of the weights: linear warm-up, constant, linear to zero over the fine-tuning steps."""
-    left = (args.steps - step) / max(args.finetune_steps, 1)
-    return args.lr * min((step + 1) / WARMUP, 1, left)
+def rank_and_world():
+    """Number of this process and number of processes: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def random_prob(gates, seed):
-    """Random numbers in place of learned probabilities, for the control with a random structure."""
-    draw = torch.rand(gates.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
-    return Z(draw[:, :-2].to(gates.log_alpha.device), draw[:, -1].to(gates.log_alpha.device))
-
-
-def phase_at(step, args):
-    """Name of the phase that `step` belongs to."""
-    if step >= args.steps - args.finetune_steps:
-        return "finetune"
-    return "prune" if args.sparsity and args.structure == "learned" and step >= args.prune_start else "dense"
+def average(gradients):
+    """Replace each gradient by its mean over all processes, in one exchange."""
+    if dist.is_initialized():
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
 
 def stream(task, args):
@@ -169,89 +143,146 @@ def stream(task, args):
 def task_loss(model, gates, task, examples, order, step, args):
     """Cross-entropy (nats per example) of one task's batch of this step, with noise of its own.
 
-    gates: None when every unit is open. Order and noise depend on (seed, step, task) alone: never on the
-    other task. """
+    gates: None when every unit is open. Order and noise are functions of (seed, step, task): they never
+    depend on the other task, and every process draws those of the whole batch and takes its share. """
+    rank, world = rank_and_world()
     generator = torch.Generator(args.device).manual_seed(stream(task, args) * 10_000_019 + step)
-    ids, labels = examples.batch(order(step), args.device)
     z = None if gates is None else gates.sample(generator)
-    drop = dropout_noise(model, len(ids), args.dropout, generator) if args.dropout else None
+    drop = dropout_noise(model, args.batch_size, args.dropout, generator)[rank::world]
+    ids, labels = examples.batch(order(step)[rank::world], args.device)
     return F.cross_entropy(model(ids, task, z, drop), labels, label_smoothing=args.label_smoothing)
 
 
 def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
-    """Fill .grad of every parameter with the coupled gradients. loss_aux: already weighted, None = no
-    transfer now."""
-    for p in [*model.parameters(), *gates.parameters()]:
+    """Fill .grad of every parameter with the coupled gradients.
+
+    loss_aux: already weighted; None = no transfer at this step.
+    """
+    everything = [*model.parameters(), *gates.parameters()]
+    for p in everything:
         p.grad = None
     if loss_target.requires_grad or penalty.requires_grad:
         (loss_target + penalty).backward()
+        average([p.grad for p in everything if p.grad is not None])
     if loss_aux is not None:
         weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
         shared = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
         own = list(model.classifier["auxiliary"].parameters())
         g_aux = torch.autograd.grad(loss_aux, shared + own, materialize_grads=True)
+        average(g_aux)
         g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
         update = couple(g_target, g_aux[: len(shared)], args.coupling) + list(g_aux[len(shared) :])
         for p, g in zip(shared + own, update):
             p.grad = g
 
 
-def train(args):
-    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json
-    holds."""
-    keep_freed_memory()
-    # ---- settings and data: everything that can be refused is refused before anything is written
-    check(args)
-    began = time.time()
-    stop = args.steps if args.transfer_stop is None else args.transfer_stop
+def essential(flags):
+    """The flags that determine the numbers of a run, as a dict. flags: a dict of all of them."""
+    neutral = ("resume", "checkpoint_every", "out_dir", "seeds", "baseline")
+    return {name: value for name, value in flags.items() if name not in neutral}
+
+
+def setting(args, data):
+    """What a checkpoint and the run that continues it must share."""
+    return essential(vars(args)) | {"data": [data.vocab, *(len(e.label) if e else 0 for e in data[:4])]}
+
+
+def read_checkpoint(path, args, data):
+    """What the interrupted run wrote, or None if it did not get that far. Raises InputError if it is
+    unusable."""
+    if not os.path.exists(path):
+        return None
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        before = saved["setting"]
+    except Exception:  # whatever a truncated or foreign file provokes
+        fail(f"{path} is not a complete checkpoint of this program: delete it, or run without --resume")
+    changed = [name for name, value in setting(args, data).items() if before.get(name) != value]
+    if changed:
+        fail(f"{path} was written with another {', '.join(changed)}: use the same, or run without --resume")
+    return saved
+
+
+def load(args):
+    """The Data of a run; says on stdout what was found."""
     data = prepare(args.target, args.aux, args.n_target, args.max_length, args.vocab_size, args.text_columns,
                    args.label_column, args.seed)
     if args.aux_shuffle and data.aux:
         np.random.default_rng(args.seed).shuffle(data.aux.label)
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-        history = open(os.path.join(args.out_dir, "history.jsonl"), "w")
-    except OSError as error:
-        fail(f"cannot write to out_dir: {error}")
-    print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
-          f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
-    if data.aux:
-        print(f"{args.aux}: {len(data.aux.label)} auxiliary examples")
-    print(*(f"note: {note}" for note in data.notes), sep="\n")
+    if rank_and_world()[0] == 0:
+        print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
+              f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
+        if data.aux:
+            print(f"{args.aux}: {len(data.aux.label)} auxiliary examples")
+        print("".join(f"note: {note}\n" for note in data.notes), end="")
+    return data
 
-    # ---- model and gates
-    torch.manual_seed(args.seed)
-    d_head = args.d_model // args.n_head
+
+def dense_network(args, data):
+    """The network before pruning, with random weights."""
     heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
-    config = Config(len(data.vocab), args.max_length, args.d_model, d_head, heads, ffn)
-    model = dense = GatedTransformer(config, data.vocab, data.labels).to(args.device)
-    gates = Gates(args.n_layer, args.n_head).to(args.device)
-    sizes = unit_sizes(args)
-    structure = Z(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))
+    config = Config(len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head, heads, ffn)
+    return GatedTransformer(config, data.vocab, data.labels).to(args.device)
+
+
+def build(args, data, path):
+    """Model, gates and optimizer, and the running values of the loop: new, or as a checkpoint at path has
+    them."""
+    torch.manual_seed(args.seed)
+    model, gates = dense_network(args, data), Gates(args.n_layer, args.n_head).to(args.device)
+    saved = read_checkpoint(path, args, data) if args.resume else None
+    if saved is None:
+        opened = torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer)
+        values = {"best": None, "history": [], "structure": opened, "expected": torch.zeros(()), "step": 0}
+        return model, gates, make_optimizer(model, gates, args), values
+    model = GatedTransformer(Config(**saved["config"]), data.vocab, data.labels).to(args.device)
+    model.load_state_dict(saved["model"])
+    gates.load_state_dict(saved["gates"])
     optimizer = make_optimizer(model, gates, args)
-    order = {"target": batch_order(data.train, args.batch_size, stream("target", args))}
-    if data.aux:
-        order["auxiliary"] = batch_order(data.aux, args.batch_size, stream("auxiliary", args))
-    best, expected = None, torch.zeros(())
+    optimizer.load_state_dict(saved["optimizer"])
+    return model, gates, optimizer, saved
+
+
+def train(args):
+    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json
+    holds."""
+    # ---- settings and data: everything that can be refused is refused before anything is written
+    began, out = time.time(), lambda name: os.path.join(args.out_dir, name)
+    sizes = unit_sizes(args.d_model, args.n_head)
+    check(args)
+    keep_freed_memory()
+    data = load(args)
+    os.makedirs(args.out_dir, exist_ok=True)
+    main = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
+
+    # ---- model, gates and optimizer, new or as the interrupted run left them
+    model, gates, optimizer, running = build(args, data, out("checkpoint.pt"))
+    best, history, structure, expected, first = (
+        running[name] for name in ("best", "history", "structure", "expected", "step"))
+    tasks = {"target": data.train} | ({"auxiliary": data.aux} if data.aux else {})
+    order = {task: batch_order(tasks[task], args.batch_size, stream(task, args)) for task in tasks}
+    full_weight = args.aux_weight if data.aux else 0.0
+
+    finetune_start = args.steps - args.finetune_steps
 
     # ---- the loop
-    bar = tqdm(range(args.steps), disable=None)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if main else True)
     for step in bar:
-        phase = phase_at(step, args)
-        pruning = phase == "prune"
-        if args.sparsity and step == args.steps - args.finetune_steps:  # the structure is chosen and cut out
-            prob = gates.prob_open() if args.structure == "learned" else random_prob(gates, args.seed)
-            structure = select(prob, args.sparsity, *sizes)
-            model = extract(dense, structure)
+        phase = phase_at(step, args.prune_start, finetune_start)
+        if args.sparsity and step == finetune_start:  # the structure is chosen and cut out
+            prob = gates.prob_open() if args.structure == "learned" else gates.random(args.seed)
+            structure = select(prob, args.sparsity, *sizes)  # a Z of zeros and ones
+            model = extract(model, structure)
             optimizer = make_optimizer(model, gates, args)
         for group in optimizer.param_groups[:2]:
-            group["lr"] = lr_at(step, args)
+            group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # the objective: target loss + Lagrangian, and the weighted auxiliary loss
+        pruning = phase == "prune" and args.sparsity > 0 and args.structure == "learned"
         active = gates if pruning else None
-        aux_weight = aux_weight_at(step, args.aux_weight, args.transfer_start, stop) if data.aux else 0.0
-        loss_target = penalty = torch.zeros(())
-        loss_aux = None
+        aux_weight = aux_weight_at(step, full_weight, args.transfer_start, args.transfer_stop)
+        wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
+        loss_target, loss_aux, penalty = torch.zeros(()), None, torch.zeros(())
         if step >= args.target_start:
             loss_target = task_loss(model, active, "target", data.train, order["target"], step, args)
         if aux_weight:
@@ -259,49 +290,75 @@ def train(args):
             loss_aux = aux_weight * loss_aux
         if pruning:
             expected = sparsity(gates.prob_open(), *sizes)
-            wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
             penalty = lagrangian(expected, wanted, gates.lambdas)
         backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,
+                 "expected_sparsity": expected, "gradient_norm": norm,
+                 "lambda1": gates.lambdas[0], "lambda2": gates.lambdas[1]}
+        terms = {name: 0.0 if term is None else term.item() for name, term in terms.items()}
+        if wrong := [f"{name} is {term}" for name, term in terms.items() if not math.isfinite(term)]:
+            fail(f"step {step}: {wrong[0]}; try a lower --lr. The last checkpoint, if any, is still there")
         optimizer.step()
         gates.clamp_()
 
-        terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty}
-        terms["expected_sparsity"] = expected
-        terms = {name: 0.0 if term is None else term.item() for name, term in terms.items()}
+        # evaluation and checkpoint
         if step % 10 == 0:
-            bar.set_postfix({"phase": phase, **{name: f"{term:.3f}" for name, term in terms.items()}})
-        if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
+            shown = ("loss_target", "loss_aux", "lagrangian", "expected_sparsity")
+            bar.set_postfix({"phase": phase, **{name: f"{terms[name]:.3f}" for name in shown}})
+        done = step + 1
+        if main and (done % EVAL_EVERY == 0 or done == args.steps):
             z = gates.deterministic() if pruning else None
-            accuracy, f1, loss = evaluate(model, data.validation, z, args.device)
-            row = {"step": step + 1, "phase": phase, **terms, "aux_weight": aux_weight,
-                   "wanted_sparsity": sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp),
-                   "lambda1": gates.lambdas[0].item(), "lambda2": gates.lambdas[1].item(),
-                   "validation_accuracy": accuracy, "validation_macro_f1": f1, "validation_loss": loss}
-            print(json.dumps(row), file=history, flush=True)
-            if phase == "finetune" and (best is None or (accuracy, -loss) > best[0]):
-                best = (accuracy, -loss), {name: p.clone() for name, p in model.state_dict().items()}
+            scores = evaluate(model, data.validation, z, args.device)
+            scores = {f"validation_{name}": score for name, score in scores.items()}
+            row = {"step": done, "phase": phase, "aux_weight": aux_weight, "wanted_sparsity": wanted}
+            history.append(row | terms | scores)
+            with open(out("history.jsonl"), "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in history)
+            score = scores["validation_accuracy"], -scores["validation_loss"]
+            if phase == "finetune" and (best is None or score > best[0]):
+                best = score, {name: p.clone() for name, p in model.state_dict().items()}
+        if main and (done % args.checkpoint_every == 0 or CAUGHT):
+            write(out("checkpoint.pt"), {
+                "setting": setting(args, data), "config": asdict(model.config), "step": done,
+                "model": model.state_dict(), "gates": gates.state_dict(), "best": best, "history": history,
+                "optimizer": optimizer.state_dict(), "structure": tuple(structure),
+                "expected": expected.detach()})
+        if CAUGHT:
+            raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes on")
 
     # ---- final report
+    if not main:
+        return None
     model.load_state_dict(best[1])
-    accuracy, f1, _ = evaluate(model, data.test, None, args.device)
+    result = summary(args, data, model, structure) | {
+        "validation_accuracy": best[0][0], "expected_sparsity": expected.item(),
+        "seconds": time.time() - began}
+    model.save(out("pruned.pt"))
+    with open(out("result.json"), "w") as file:
+        json.dump(result, file, indent=1)
+    if os.path.exists(out("checkpoint.pt")):
+        os.remove(out("checkpoint.pt"))
+    return result
+
+
+def summary(args, data, model, structure):
+    """What is known about the finished network `model`. structure: 0/1 of the heads (L, H) and of the ffn
+    (L,)."""
+    dense, folder = dense_network(args, data), os.path.dirname(os.path.abspath(__file__))
+    status, commit = subprocess.getstatusoutput(f"git -C '{folder}' rev-parse --short HEAD")
     sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
     slow, fast = latency_ms([dense, model], sample)
-    result = {
-        "test_accuracy": accuracy, "test_macro_f1": f1, "validation_accuracy": best[0][0],
-        "target_sparsity": args.sparsity, "expected_sparsity": expected.item(),
-        "delivered_sparsity": 1 - prunable(model) / prunable(dense),
-        "heads_kept": structure.head.int().tolist(), "ffn_kept": structure.ffn.int().tolist(),
+    return {
+        **{f"test_{name}": score for name, score in evaluate(model, data.test, None, args.device).items()},
+        "target_sparsity": args.sparsity, "delivered_sparsity": 1 - prunable(model) / prunable(dense),
+        "heads_kept": structure[0].int().tolist(), "ffn_kept": structure[1].int().tolist(),
         "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in model.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
-        "seconds": time.time() - began, "seed": args.seed, "notes": data.notes, "args": vars(args),
-        "torch": torch.__version__, "commit": commit(),
+        "seed": args.seed, "notes": data.notes, "args": vars(args),
+        "torch": torch.__version__, "commit": None if status else commit,
     }
-    model.save(os.path.join(args.out_dir, "pruned.pt"))
-    with open(os.path.join(args.out_dir, "result.json"), "w") as file:
-        json.dump(result, file, indent=1)
-    return result
 
 
 def report(result):
@@ -317,17 +374,9 @@ def report(result):
     print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
 
 
-def commit():
-    """Git commit of this file's folder, or None."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
-
-
 def series(args):
-    """Runs over several seeds, with transfer and, for --baseline, without; out_dir/results.jsonl keeps their rows.
+    """Runs over several seeds, with transfer and, for --baseline, without; out_dir/results.jsonl keeps their
+    rows.
 
     Runs whose row is already there are not repeated. Returns {aux_weight: list of results in order of seed}.
     """
@@ -339,7 +388,7 @@ def series(args):
             folder = os.path.join(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer"))
             one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "baseline": False,
                                         "aux_weight": weight, "out_dir": folder})
-            row = next((row for row in rows if row["args"] == vars(one)), None)
+            row = next((row for row in rows if essential(row["args"]) == essential(vars(one))), None)
             if row is None:
                 row = train(one)
                 with open(path, "a") as file:
@@ -349,25 +398,36 @@ def series(args):
 
 
 def report_series(results):
-    """Print mean, standard deviation and 95 % interval of each setting, and the paired difference."""
-    accuracy = {weight: [100 * row["test_accuracy"] for row in rows] for weight, rows in results.items()}
-    for weight, values in accuracy.items():
-        mean, deviation, half = interval(values)
-        print(f"aux_weight {weight:g}: test accuracy {mean:.1f} %, standard deviation {deviation:.1f}, "
+    """Print mean, standard deviation and 95 % interval of each setting, and of the paired difference."""
+    lines = {f"aux_weight {w:g}: accuracy": [r["test_accuracy"] for r in rows] for w, rows in results.items()}
+    if len(lines) == 2:
+        lines["transfer: difference paired by seed"] = [a - b for a, b in zip(*lines.values())]
+    for name, values in lines.items():
+        mean, deviation, half = interval([100 * value for value in values])
+        print(f"{name} {mean:.1f} points, standard deviation {deviation:.1f}, "
               f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
-    if len(accuracy) == 2:
-        helped, alone = accuracy.values()
-        mean, _, half = interval([a - b for a, b in zip(helped, alone)])
-        print(f"transfer: {mean:+.1f} points [{mean - half:.1f}, {mean + half:.1f}], n = {len(alone)}")
+
+
+def main():
+    """The command line. Under torchrun every process trains on its share of each batch."""
+    try:
+        args = parse_args()
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: CAUGHT.append(number))
+        if args.seeds > 1 or args.baseline:
+            report_series(series(args))
+        elif result := train(args):
+            report(result)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        arguments = parse_args()
-        if arguments.seeds > 1 or arguments.baseline:
-            report_series(series(arguments))
-        else:
-            report(train(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -298,8 +298,7 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
         second, labels["auxiliary"] = part["train"], names
         held_out = {text for split in ("validation", "test") for text in splits[split].texts()}
         keep = np.fromiter((text not in held_out for text in second.texts()), dtype=bool)
-        dropped = f"dropped {(~keep).sum()} auxiliary examples found in the target's held-out splits"
-        notes += [*more, dropped]
+        notes += [*more, f"dropped {(~keep).sum()} auxiliary examples found in the target's held-out data"]
         if not keep.any():
             raise InputError(f"every training example of {aux} occurs in the held-out splits of {target}")
         second = second.take(keep)

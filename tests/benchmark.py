@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train as loop
-from masks import Gates, Z, lagrangian, select, sparsity
-from model import Config, Examples, GatedTransformer, extract, latency_ms, prunable
+from masks import Gates, Z, lagrangian, select, sparsity, unit_sizes
+from model import Config, Examples, GatedTransformer, extract, keep_freed_memory, latency_ms, prunable
 from transfer import batch_order
 
 SHAPES = [(64, 4, 12), (128, 4, 64), (256, 6, 128)]  # d_model, n_layer, tokens; the first is the default
@@ -68,7 +68,7 @@ def our_step(d_model, n_layer, tokens, pruning=True):
         loss_aux = loop.task_loss(model, active, "auxiliary", texts, order, i, args)
         penalty = torch.zeros(())
         if pruning:
-            penalty = lagrangian(sparsity(gates.prob_open(), *loop.unit_sizes(args)), 0.3, gates.lambdas)
+            penalty = lagrangian(sparsity(gates.prob_open(), *unit_sizes(args.d_model, args.n_head)), 0.3, gates.lambdas)
         loop.backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -157,7 +157,7 @@ def extracted_network():
         prob = Gates(shape[1], args.n_head).prob_open()
         prob = Z(torch.rand_like(prob.head), torch.rand_like(prob.ffn))
         for goal in (0.5, 0.7, 0.9):
-            small = extract(dense, select(prob, goal, *loop.unit_sizes(args)))
+            small = extract(dense, select(prob, goal, *unit_sizes(args.d_model, args.n_head)))
             ratio = multiply_adds(dense, shape[2]) / multiply_adds(small, shape[2])
             row = f"   {shape} sparsity {goal}: multiply-adds {ratio:5.2f}x"
             for batch in (1, 64):
@@ -225,7 +225,7 @@ print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, more memory at the
 
 
 if __name__ == "__main__":
-    loop.keep_freed_memory()
+    keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     sections = [training_step, cost_of_gates, extracted_network, share_of_peak, first_command, growth]
     for number in map(int, sys.argv[1:] or range(1, 7)):
