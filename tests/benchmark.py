@@ -68,7 +68,9 @@ def our_step(d_model, n_layer, tokens, pruning=True):
         loss_aux = loop.task_loss(model, active, "auxiliary", texts, order, i, args)
         penalty = torch.zeros(())
         if pruning:
-            penalty = lagrangian(sparsity(gates.prob_open(), *unit_sizes(args.d_model, args.n_head)), 0.3, gates.lambdas)
+            penalty = lagrangian(
+                sparsity(gates.prob_open(), *unit_sizes(args.d_model, args.n_head)), 0.3, gates.lambdas
+            )
         loop.backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -80,7 +82,11 @@ def our_step(d_model, n_layer, tokens, pruning=True):
 def other_step(encode, parameters, tokens):
     """The same two batches, without gates, for any encoder: encode(ids, padding) -> (B, T, C)."""
     width = encode(torch.full((1, 2), 3), torch.zeros(1, 2, dtype=torch.bool)).shape[2]
-    heads, texts, number = nn.ModuleList(nn.Linear(width, CLASSES) for _ in range(2)), random_texts(tokens), iter(range(10**9))
+    heads, texts, number = (
+        nn.ModuleList(nn.Linear(width, CLASSES) for _ in range(2)),
+        random_texts(tokens),
+        iter(range(10**9)),
+    )
     parameters = [*parameters, *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     order = batch_order(texts, BATCH, 0)
@@ -100,7 +106,9 @@ def other_step(encode, parameters, tokens):
 
 
 def torch_step(d_model, n_layer, tokens):
-    layer = nn.TransformerEncoderLayer(d_model, 4, 4 * d_model, dropout=0.1, batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(
+        d_model, 4, 4 * d_model, dropout=0.1, batch_first=True, norm_first=True
+    )
     stack = nn.TransformerEncoder(layer, n_layer, enable_nested_tensor=False)
     word, position = nn.Embedding(VOCAB, d_model), nn.Embedding(tokens, d_model)
 
@@ -114,9 +122,18 @@ def torch_step(d_model, n_layer, tokens):
 def bert_step(d_model, n_layer, tokens):
     from transformers import BertConfig, BertModel
 
-    bert = BertModel(BertConfig(
-        vocab_size=VOCAB, hidden_size=d_model, num_hidden_layers=n_layer, num_attention_heads=4,
-        intermediate_size=4 * d_model, hidden_act="relu", max_position_embeddings=tokens), add_pooling_layer=False)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=d_model,
+            num_hidden_layers=n_layer,
+            num_attention_heads=4,
+            intermediate_size=4 * d_model,
+            hidden_act="relu",
+            max_position_embeddings=tokens,
+        ),
+        add_pooling_layer=False,
+    )
     bert.train()
     return other_step(lambda ids, pad: bert(ids, (~pad).long()).last_hidden_state, bert.parameters(), tokens)
 
@@ -132,8 +149,10 @@ def training_step():
             print("   (transformers is not installed: BERT skipped)")
         ms = alternate(steps, 60 if shape[0] < 256 else 7)
         bert = f"{ms['bert']:12.1f} {ms['ours'] / ms['bert']:12.2f}" if "bert" in ms else ""
-        print(f"   {shape[0]:7d} {shape[1]:6d} {shape[2]:6d} | {ms['ours']:6.1f} {ms['torch']:15.1f} "
-              f"{ms['ours'] / ms['torch']:13.2f} {bert}")
+        print(
+            f"   {shape[0]:7d} {shape[1]:6d} {shape[2]:6d} | {ms['ours']:6.1f} {ms['torch']:15.1f} "
+            f"{ms['ours'] / ms['torch']:13.2f} {bert}"
+        )
 
 
 def cost_of_gates():
@@ -162,7 +181,9 @@ def extracted_network():
             row = f"   {shape} sparsity {goal}: multiply-adds {ratio:5.2f}x"
             for batch in (1, 64):
                 ids = torch.randint(3, VOCAB, (batch, shape[2]))
-                slow, fast = latency_ms([dense, small], ids, 200 if batch == 1 else 30 if shape[0] < 256 else 15)
+                slow, fast = latency_ms(
+                    [dense, small], ids, 200 if batch == 1 else 30 if shape[0] < 256 else 15
+                )
                 row += f" | batch {batch:2d}: {slow:7.2f} -> {fast:6.2f} ms, {slow / fast:5.2f}x ({slow / fast / ratio:.2f} of it)"
             print(row)
 
@@ -171,12 +192,19 @@ def share_of_peak():
     print("\n4. share of the machine's matrix-multiply peak that a training step reaches")
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     for shape in SHAPES:
-        tokens = sum(random_texts(shape[2]).batch(batch_order(random_texts(shape[2]), BATCH, 0)(i))[0].numel() for i in range(10))
+        tokens = sum(
+            random_texts(shape[2]).batch(batch_order(random_texts(shape[2]), BATCH, 0)(i))[0].numel()
+            for i in range(10)
+        )
         step, ms = our_step(*shape), {}
         ms = alternate({"peak": lambda: a @ b, "step": step}, 10 if shape[0] == 256 else 50)
         peak = 2 * 2048**3 / ms["peak"] / 1e6
-        work = 2 * 3 * 2 * tokens / 10 * multiply_adds(network(*shape)[0], shape[2]) / shape[2]  # 2 tasks, 3 passes
-        print(f"   {shape}: {work / ms['step'] / 1e6:6.1f} of {peak:6.1f} GFLOP/s = {work / ms['step'] / 1e6 / peak:.2f}")
+        work = (
+            2 * 3 * 2 * tokens / 10 * multiply_adds(network(*shape)[0], shape[2]) / shape[2]
+        )  # 2 tasks, 3 passes
+        print(
+            f"   {shape}: {work / ms['step'] / 1e6:6.1f} of {peak:6.1f} GFLOP/s = {work / ms['step'] / 1e6 / peak:.2f}"
+        )
 
 
 PEAK = r"int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) / 1024"  # MB, of this process (Linux)
@@ -186,7 +214,9 @@ def run(*flags):
     """Seconds and peak MB of the command line, in a process of its own."""
     code = f"import re, runpy, sys; sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__'); print({PEAK})"
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     return time.perf_counter() - start, float(done.stdout.splitlines()[-1])
 
 
@@ -206,13 +236,18 @@ def growth():
     for what, values in enumerate([(64, 128, 256, 512), (1, 2, 4, 8, 16), (16, 32, 64, 128, 256)]):
         shapes = [base[:what] + (v,) + base[what + 1 :] for v in values]
         ms = alternate({shape: our_step(*shape) for shape in shapes}, 7)
-        print(f"   {('width', 'layers', 'tokens')[what]:7s}" + "".join(f"{s[what]:6d}: {t:6.1f}" for s, t in ms.items()))
+        print(
+            f"   {('width', 'layers', 'tokens')[what]:7s}"
+            + "".join(f"{s[what]:6d}: {t:6.1f}" for s, t in ms.items())
+        )
     print("   loading and tokenizing short texts")
     for n in (10_000, 100_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
             with open(f"{folder}/train.jsonl", "w") as file:
                 for i in range(n):
-                    file.write(f'{{"text": "the number {i % 5000} is word w{i % 7919} of {i % 13}", "label": {i % 2}}}\n')
+                    file.write(
+                        f'{{"text": "the number {i % 5000} is word w{i % 7919} of {i % 13}", "label": {i % 2}}}\n'
+                    )
             code = f"""
 import re, sys, time; sys.path.insert(0, {str(ROOT)!r}); import datasets, transfer
 start, before = time.time(), {PEAK}
@@ -220,7 +255,9 @@ data = transfer.prepare({folder!r}, "none", 0, 64, 10000)
 ids = sum(e.tokens.nbytes + e.start.nbytes + e.label.nbytes for e in (data.train, data.validation, data.test)) / 2**20
 print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, more memory at the peak, MB:", round({PEAK} - before))"""
             environment = {**os.environ, "HF_DATASETS_CACHE": folder}
-            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+            done = subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+            )
             print(f"   {n:9,d} texts: {done.stdout.strip()}", flush=True)
 
 

@@ -30,7 +30,9 @@ def test_prob_open_is_the_sampling_frequency():
 def test_samples_are_in_the_unit_interval_with_exact_zeros_and_exact_ones():
     z = sample_z(torch.zeros(100_000), torch.Generator().manual_seed(0))
     assert z.min() == 0 and z.max() == 1
-    assert 0.1 < (z == 0).float().mean() < 0.25 and 0.1 < (z == 1).float().mean() < 0.25  # both 0.168 in closed form
+    assert (
+        0.1 < (z == 0).float().mean() < 0.25 and 0.1 < (z == 1).float().mean() < 0.25
+    )  # both 0.168 in closed form
 
 
 def test_expected_sparsity_is_the_mean_over_sampled_masks():
@@ -100,7 +102,9 @@ def test_controller_reaches_the_target_without_a_task_in_the_shortest_window_all
     optimizer = train.make_optimizer(model, gates, args)
     for step in range(masks.steps_to_settle(args.gate_lr)):
         optimizer.zero_grad()
-        lagrangian(sparsity(gates.prob_open(), HEAD, FFN), sparsity_at(step, target, 0, ramp), gates.lambdas).backward()
+        lagrangian(
+            sparsity(gates.prob_open(), HEAD, FFN), sparsity_at(step, target, 0, ramp), gates.lambdas
+        ).backward()
         optimizer.step()
         gates.clamp_()
     assert abs(sparsity(gates.prob_open(), HEAD, FFN).item() - target) < 0.02
@@ -132,4 +136,6 @@ def test_selection_never_drops_all_feed_forward_sublayers_if_one_fits():
     prob = Z(torch.full((4, 4), 0.9), torch.tensor([0.1, 0.2, 0.3, 0.1]))
     assert select(prob, 0.7, HEAD, FFN).ffn.tolist() == [0, 0, 1, 0]
     assert select(prob, 0.5, HEAD, FFN).ffn.sum() >= 1
-    assert select(prob, 0.9, HEAD, FFN).head.sum() == 4  # a feed-forward sublayer is more than 10 % of four layers
+    assert (
+        select(prob, 0.9, HEAD, FFN).head.sum() == 4
+    )  # a feed-forward sublayer is more than 10 % of four layers

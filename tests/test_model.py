@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from masks import Z
-from model import PAD, SEP, SPECIAL, UNK, Config, GatedTransformer, dropout_noise, extract, project, prunable, words
+from model import (
+    PAD,
+    SEP,
+    SPECIAL,
+    UNK,
+    Config,
+    GatedTransformer,
+    dropout_noise,
+    extract,
+    project,
+    prunable,
+    words,
+)
 
 L, H, C = 3, 4, 32
 VOCAB = [*SPECIAL, *(f"w{i}" for i in range(40))]
@@ -99,7 +111,10 @@ def test_a_closed_head_gets_no_gradient_and_an_open_one_does():
 def test_every_gate_gets_the_gradient_of_the_logits_with_respect_to_it():
     """Autograd's gate gradient against central differences, in double precision."""
     model, ids = network().double(), texts()
-    z = Z(torch.full((L, H), 0.7, dtype=torch.double, requires_grad=True), torch.full((L,), 0.6, dtype=torch.double, requires_grad=True))
+    z = Z(
+        torch.full((L, H), 0.7, dtype=torch.double, requires_grad=True),
+        torch.full((L,), 0.6, dtype=torch.double, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda head, ffn: model(ids, "target", Z(head, ffn)), (z.head, z.ffn))
 
 
@@ -133,10 +148,17 @@ def test_the_ungated_network_equals_torchs_own_pre_norm_encoder():
     pad = ids == PAD
     x = model.token(ids) + model.position.weight[: ids.shape[1]]
     for block in model.blocks:
-        layer = torch.nn.TransformerEncoderLayer(C, H, 4 * C, 0.0, "relu", batch_first=True, norm_first=True, bias=False)
-        pairs = [(layer.self_attn.in_proj_weight, block.qkv.weight), (layer.self_attn.out_proj.weight, block.out.weight),
-                 (layer.linear1.weight, block.up.weight), (layer.linear2.weight, block.down.weight),
-                 (layer.norm1.weight, block.attn_norm.weight), (layer.norm2.weight, block.ffn_norm.weight)]
+        layer = torch.nn.TransformerEncoderLayer(
+            C, H, 4 * C, 0.0, "relu", batch_first=True, norm_first=True, bias=False
+        )
+        pairs = [
+            (layer.self_attn.in_proj_weight, block.qkv.weight),
+            (layer.self_attn.out_proj.weight, block.out.weight),
+            (layer.linear1.weight, block.up.weight),
+            (layer.linear2.weight, block.down.weight),
+            (layer.norm1.weight, block.attn_norm.weight),
+            (layer.norm2.weight, block.ffn_norm.weight),
+        ]
         for theirs, ours in pairs:
             theirs.data.copy_(ours)
         for norm in (block.attn_norm, block.ffn_norm):
@@ -177,7 +199,16 @@ def test_a_few_steps_overfit_one_batch():
 
 
 def test_words_are_lower_case_limited_and_never_none():
-    assert words("The soup wasn't BLAND, at all!", 20) == ["the", "soup", "wasn't", "bland", ",", "at", "all", "!"]
+    assert words("The soup wasn't BLAND, at all!", 20) == [
+        "the",
+        "soup",
+        "wasn't",
+        "bland",
+        ",",
+        "at",
+        "all",
+        "!",
+    ]
     assert words("a b c d", 2) == ["a", "b"]
     assert words("", 5) == words("  \t", 5) == [SPECIAL[UNK]]
     assert words(("a b c d", "e f g h"), 5) == ["a", "b", SPECIAL[SEP], "e", "f"]
@@ -193,4 +224,6 @@ def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
     code = f"from model import GatedTransformer; print(GatedTransformer.load({str(tmp_path / 'pruned.pt')!r}).predict({asked!r}))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert answer.strip() == str(small.predict(asked))
-    assert len(set(small.predict([f"w{i}" for i in range(40)]))) > 1  # it does not give one answer to everything
+    assert (
+        len(set(small.predict([f"w{i}" for i in range(40)]))) > 1
+    )  # it does not give one answer to everything

@@ -27,9 +27,42 @@ from test_train import ROOT, command, weights
 from test_transfer import sentences, small_task, write
 
 TIMES = ("seconds", "latency_dense_ms", "latency_pruned_ms", "speedup", "args")
-FLAGS = ["--steps", "600", "--prune_start", "150", "--prune_ramp", "100", "--finetune_steps", "200", "--gate_lr", "0.2",
-         "--n_layer", "2", "--d_model", "16", "--sparsity", "0.5", "--transfer_start", "100", "--checkpoint_every", "40"]
-TINY = ["--steps", "2", "--finetune_steps", "1", "--sparsity", "0", "--n_layer", "1", "--n_head", "1", "--d_model", "4"]
+FLAGS = [
+    "--steps",
+    "600",
+    "--prune_start",
+    "150",
+    "--prune_ramp",
+    "100",
+    "--finetune_steps",
+    "200",
+    "--gate_lr",
+    "0.2",
+    "--n_layer",
+    "2",
+    "--d_model",
+    "16",
+    "--sparsity",
+    "0.5",
+    "--transfer_start",
+    "100",
+    "--checkpoint_every",
+    "40",
+]
+TINY = [
+    "--steps",
+    "2",
+    "--finetune_steps",
+    "1",
+    "--sparsity",
+    "0",
+    "--n_layer",
+    "1",
+    "--n_head",
+    "1",
+    "--d_model",
+    "4",
+]
 
 
 def numbers(folder):
@@ -110,7 +143,9 @@ def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
         assert done.returncode == 2 and error.count("\n") == 1
         return error
 
-    assert "another lr, dropout:" in refused("--lr", "0.5", "--dropout", "0.3").replace("dropout, lr", "lr, dropout")
+    assert "another lr, dropout:" in refused("--lr", "0.5", "--dropout", "0.3").replace(
+        "dropout, lr", "lr, dropout"
+    )
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     for content in (whole[: len(whole) // 2], b"", (tmp_path / "foreign.pt").read_bytes()):
         (tmp_path / "checkpoint.pt").write_bytes(content)
@@ -194,13 +229,51 @@ def ends_well(code, error, folder):
     """A correct run, or one clear line and no half-written output folder."""
     if code == 0:
         return (folder / "result.json").exists() and (folder / "pruned.pt").exists()
-    return code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 600 and (
-        not folder.exists() or not list(folder.iterdir()))
+    return (
+        code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and len(error) < 600
+        and (not folder.exists() or not list(folder.iterdir()))
+    )
 
 
-VALUES = st.sampled_from(["", "-1", "0", "1", "2", "7", "0.5", "-0.5", "nan", "inf", "-inf", "1e400", "ten", "1e3", "٣",
-                          "0x10", "1_000", "--", "None", "True", "a b", "\n", "é", "reviews:", "reviews:film", ":", "none"])
-NAMES = [a for a in vars(loop.parse_args([])) if a not in ("out_dir", "seeds", "baseline", "steps", "d_model", "n_layer")]
+VALUES = st.sampled_from(
+    [
+        "",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "7",
+        "0.5",
+        "-0.5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "ten",
+        "1e3",
+        "٣",
+        "0x10",
+        "1_000",
+        "--",
+        "None",
+        "True",
+        "a b",
+        "\n",
+        "é",
+        "reviews:",
+        "reviews:film",
+        ":",
+        "none",
+    ]
+)
+NAMES = [
+    a
+    for a in vars(loop.parse_args([]))
+    if a not in ("out_dir", "seeds", "baseline", "steps", "d_model", "n_layer")
+]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -212,16 +285,46 @@ def test_150_random_flags_end_in_a_run_or_in_one_line(flags):
         assert ends_well(*run_main(*TINY, "--out_dir", f"{folder}/out", *words), Path(folder) / "out")
 
 
-TEXT = st.sampled_from(["a b c", "d e", "", " ", "\x00", "x" * 70000, "é ß 漢字", "\U0001f600", "<pad>", "a\nb", "?!"])
+TEXT = st.sampled_from(
+    ["a b c", "d e", "", " ", "\x00", "x" * 70000, "é ß 漢字", "\U0001f600", "<pad>", "a\nb", "?!"]
+)
 LABEL = st.sampled_from(["", "maybe", 0, 1, -1, 2**40, None, 0.5, True, False, ["a"], {"b": 1}])
 GOOD = st.builds(lambda text, label: {"text": text, "label": label}, TEXT, st.sampled_from(["yes", "no"]))
-ODD = st.one_of(st.builds(lambda label: {"text": "odd", "label": label}, LABEL), st.sampled_from([
-    {}, {"text": "only text"}, {"label": "yes"}, {"text": 5, "label": "no"}, {"text": ["a"], "label": "no"},
-    {"text": None, "label": "yes"}, {"text": "a", "label": "no", "id": 3}, {"text": "a", "label": "no", "note": "b"}]))
-RAW = st.sampled_from([
-    b"", b"{", b"null", b"[]", b"3", b'"text"', b"\x00\x00", b'{"text": "\xff", "label": "yes"}', b"\xef\xbb\xbf{}",
-    b'{"text": "a", "label": "yes"} {"text": "b"}', b'{"text": NaN, "label": "no"}', b"text,label", b"a,yes", b"a,b,c,d",
-    b'"open quote', b"\xff\xfe,yes"])
+ODD = st.one_of(
+    st.builds(lambda label: {"text": "odd", "label": label}, LABEL),
+    st.sampled_from(
+        [
+            {},
+            {"text": "only text"},
+            {"label": "yes"},
+            {"text": 5, "label": "no"},
+            {"text": ["a"], "label": "no"},
+            {"text": None, "label": "yes"},
+            {"text": "a", "label": "no", "id": 3},
+            {"text": "a", "label": "no", "note": "b"},
+        ]
+    ),
+)
+RAW = st.sampled_from(
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"3",
+        b'"text"',
+        b"\x00\x00",
+        b'{"text": "\xff", "label": "yes"}',
+        b"\xef\xbb\xbf{}",
+        b'{"text": "a", "label": "yes"} {"text": "b"}',
+        b'{"text": NaN, "label": "no"}',
+        b"text,label",
+        b"a,yes",
+        b"a,b,c,d",
+        b'"open quote',
+        b"\xff\xfe,yes",
+    ]
+)
 KIND = st.sampled_from(["train.jsonl", "data.csv", "train.json"])
 
 
@@ -240,24 +343,35 @@ ENDS = Counter()
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.lists(GOOD, min_size=4, max_size=12), st.lists(st.one_of(ODD, ODD, RAW), max_size=2), st.randoms(use_true_random=False),
-       KIND, st.sampled_from(["good", "none", "same"]), st.booleans())
+@given(
+    st.lists(GOOD, min_size=4, max_size=12),
+    st.lists(st.one_of(ODD, ODD, RAW), max_size=2),
+    st.randoms(use_true_random=False),
+    KIND,
+    st.sampled_from(["good", "none", "same"]),
+    st.booleans(),
+)
 def test_120_random_files_end_in_a_run_or_in_one_line(good, odd, rng, kind, aux, alone):
     """As target and as auxiliary task, as a file and as a folder, with and without other, good splits."""
     rows = [*good, *odd]
     rng.shuffle(rows)
     with tempfile.TemporaryDirectory() as folder:
         import datasets
+
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
         os.mkdir(f"{folder}/task")
         header = [b"text,label"] if kind.endswith("csv") else []
-        Path(folder, "task", kind).write_bytes(b"\n".join([*header, *(as_line(row, kind) for row in rows)]) + b"\n")
+        Path(folder, "task", kind).write_bytes(
+            b"\n".join([*header, *(as_line(row, kind) for row in rows)]) + b"\n"
+        )
         if not alone and kind.startswith("train"):
             write(Path(folder, "task"), f"test.{kind.split('.')[1]}", sentences(6))
         other = small_task(Path(folder, "good"), train=8, validation=4, test=4)
         task = f"{folder}/task/{kind}" if alone else f"{folder}/task"
         target, second = (other, task) if aux == "good" else (task, task if aux == "same" else "none")
-        code, error = run_main(*TINY, "--out_dir", f"{folder}/out", "--target", target, "--aux", second, "--n_target", 0)
+        code, error = run_main(
+            *TINY, "--out_dir", f"{folder}/out", "--target", target, "--aux", second, "--n_target", 0
+        )
         ENDS[code] += 1
         assert ends_well(code, error, Path(folder) / "out"), (rows, error)
 
@@ -267,13 +381,23 @@ def test_the_random_files_were_neither_all_refused_nor_all_accepted():
     assert ENDS[0] >= 20 and ENDS[2] >= 20 or not ENDS
 
 
-@pytest.mark.parametrize("rows, test", [
-    (sentences(20) + [{"text": "word " * 2_000_000, "label": "yes"}], sentences(5)),
-    (sentences(20), [{"text": "a", "label": "never seen"}, *sentences(3)]),
-    (sentences(20), [{"text": "quite other words", "label": "yes"}, {"text": "", "label": "no"}]),
-    (sentences(1) * 10 + sentences(2) * 10, sentences(5)),
-    ([{"text": "", "label": str(i % 2)} for i in range(20)], [{"text": "", "label": "0"}]),
-], ids=["10 MB line", "label only in test", "unknown words and empty text", "duplicates", "only empty texts"])
+@pytest.mark.parametrize(
+    "rows, test",
+    [
+        (sentences(20) + [{"text": "word " * 2_000_000, "label": "yes"}], sentences(5)),
+        (sentences(20), [{"text": "a", "label": "never seen"}, *sentences(3)]),
+        (sentences(20), [{"text": "quite other words", "label": "yes"}, {"text": "", "label": "no"}]),
+        (sentences(1) * 10 + sentences(2) * 10, sentences(5)),
+        ([{"text": "", "label": str(i % 2)} for i in range(20)], [{"text": "", "label": "0"}]),
+    ],
+    ids=[
+        "10 MB line",
+        "label only in test",
+        "unknown words and empty text",
+        "duplicates",
+        "only empty texts",
+    ],
+)
 def test_unusual_but_valid_data_end_in_a_correct_run(tmp_path, rows, test):
     write(tmp_path / "task", "train.jsonl", rows)
     write(tmp_path / "task", "test.jsonl", test)
@@ -281,20 +405,27 @@ def test_unusual_but_valid_data_end_in_a_correct_run(tmp_path, rows, test):
     code, error = run_main(*flags, "--aux", "none", "--out_dir", tmp_path / "out")
     assert (code, error) == (0, "")
     assert 0 <= json.loads((tmp_path / "out" / "result.json").read_text())["test_accuracy"] <= 1
-    code, error = run_main(*flags, "--out_dir", tmp_path / "with_itself")  # the target equals the auxiliary task
+    code, error = run_main(
+        *flags, "--out_dir", tmp_path / "with_itself"
+    )  # the target equals the auxiliary task
     assert code == 0 or "held-out" in error
 
 
 def test_nothing_phones_home(tmp_path):
     """The built-in path and local files run with every socket refused."""
     local = small_task(tmp_path / "task", train=20, validation=5, test=5)
-    code = ("import socket, sys\n"
-            "def refuse(*a, **k): raise AssertionError('network')\n"
-            "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-            f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()")
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
+    )
     for flags in ([], ["--target", local, "--aux", local, "--n_target", "0"]):
-        done = subprocess.run([sys.executable, "-c", code, *TINY, *flags, "--out_dir", tmp_path / "out"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *TINY, *flags, "--out_dir", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -308,14 +439,42 @@ def test_the_same_command_gives_the_same_bits(tmp_path, undisturbed):
 def test_two_processes_compute_what_one_does(tmp_path):
     """Half of every batch each, noise tied to the example: parameters agree to 1e-5 after 40 steps of all three phases,
     in which gates are sampled and cut. (After many more steps rounding grows, as between any two orders of summation.)"""
-    flags = ["--steps", "40", "--prune_start", "8", "--prune_ramp", "16", "--finetune_steps", "12", "--gate_lr", "2",
-             "--n_layer", "2", "--d_model", "16", "--sparsity", "0.5", "--transfer_start", "4", "--coupling", "project",
-             "--lr", "1e-4"]
+    flags = [
+        "--steps",
+        "40",
+        "--prune_start",
+        "8",
+        "--prune_ramp",
+        "16",
+        "--finetune_steps",
+        "12",
+        "--gate_lr",
+        "2",
+        "--n_layer",
+        "2",
+        "--d_model",
+        "16",
+        "--sparsity",
+        "0.5",
+        "--transfer_start",
+        "4",
+        "--coupling",
+        "project",
+        "--lr",
+        "1e-4",
+    ]
     assert command(*flags, "--out_dir", tmp_path / "one").returncode == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", ROOT / "train.py"]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        ROOT / "train.py",
+    ]
     done = subprocess.run([*line, *flags, "--out_dir", tmp_path / "two"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1  # one process reports

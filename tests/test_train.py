@@ -13,13 +13,29 @@ import masks
 import train as loop
 from masks import Gates
 from model import Config, Examples, GatedTransformer, evaluate, prunable
-from test_transfer import small_task, write
+from test_transfer import write
 from transfer import InputError, batch_order, couple, prepare
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
-SHORT = ["--steps", "60", "--prune_start", "10", "--prune_ramp", "20", "--finetune_steps", "20", "--gate_lr", "1",
-         "--n_layer", "2", "--d_model", "16", "--sparsity", "0.5"]
+SHORT = [
+    "--steps",
+    "60",
+    "--prune_start",
+    "10",
+    "--prune_ramp",
+    "20",
+    "--finetune_steps",
+    "20",
+    "--gate_lr",
+    "1",
+    "--n_layer",
+    "2",
+    "--d_model",
+    "16",
+    "--sparsity",
+    "0.5",
+]
 
 
 def run(tmp_path, *flags):
@@ -29,7 +45,9 @@ def run(tmp_path, *flags):
 
 def command(*flags, cwd=ROOT):
     """The real command line, as a user types it."""
-    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True, cwd=cwd
+    )
 
 
 def weights(folder):
@@ -82,9 +100,16 @@ def test_what_is_transferred_decides_which_gradients_change():
     """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its classifier always
     learns."""
     alone = gradients(False)
-    for what, weights_change, gates_change in (("gates", False, True), ("weights", True, False), ("both", True, True)):
+    for what, weights_change, gates_change in (
+        ("gates", False, True),
+        ("weights", True, False),
+        ("both", True, True),
+    ):
         helped = gradients(True, "--transfer", what)
-        assert alone["classifier.auxiliary.weight"] is None and helped["classifier.auxiliary.weight"].abs().sum() > 0
+        assert (
+            alone["classifier.auxiliary.weight"] is None
+            and helped["classifier.auxiliary.weight"].abs().sum() > 0
+        )
         assert torch.equal(alone["classifier.target.weight"], helped["classifier.target.weight"])
         assert torch.equal(alone["log_alpha"], helped["log_alpha"]) != gates_change
         for name in alone:
@@ -97,9 +122,13 @@ def test_the_update_is_the_coupling_of_the_two_separate_gradients():
     model, gates, data, args = setting("--coupling", "project")
     order = batch_order(data.train, 8, 0)
     shared = [p for n, p in model.named_parameters() if not n.startswith("classifier")] + [gates.log_alpha]
-    losses = [loop.task_loss(model, gates, task, examples, order, 3, args)
-              for task, examples in (("target", data.train), ("auxiliary", data.aux))]
-    g_target, g_aux = (torch.autograd.grad(loss, shared, materialize_grads=True, retain_graph=True) for loss in losses)
+    losses = [
+        loop.task_loss(model, gates, task, examples, order, 3, args)
+        for task, examples in (("target", data.train), ("auxiliary", data.aux))
+    ]
+    g_target, g_aux = (
+        torch.autograd.grad(loss, shared, materialize_grads=True, retain_graph=True) for loss in losses
+    )
     loop.backward(model, gates, True, losses[0], 0 * gates.lambdas.sum(), losses[1], args)
     for p, g in zip(shared, couple(g_target, g_aux, "project")):
         torch.testing.assert_close(p.grad, g)
@@ -109,7 +138,18 @@ def test_sequential_transfer_is_two_windows_that_do_not_overlap(tmp_path):
     """Until target_start the target's classifier keeps its initial values; one step later it does not."""
     model, *_ = setting()
     initial = model.classifier["target"].weight
-    flags = ["--sparsity", 0, "--n_target", 50, "--finetune_steps", 5, "--transfer_stop", 10, "--target_start", 10]
+    flags = [
+        "--sparsity",
+        0,
+        "--n_target",
+        50,
+        "--finetune_steps",
+        5,
+        "--transfer_stop",
+        10,
+        "--target_start",
+        10,
+    ]
     run(tmp_path / "before", *flags, "--transfer_start", 0, "--steps", 10)
     run(tmp_path / "after", *flags, "--transfer_start", 0, "--steps", 11)
     assert torch.equal(weights(tmp_path / "before")["classifier.target.weight"], initial)
@@ -136,9 +176,11 @@ def test_learning_rate_warms_up_stays_and_ends_near_zero():
 
 def test_macro_f1_and_accuracy_by_hand():
     """Confusion counts written out; a class that is only predicted, or only present, counts with F1 0."""
+
     class Fixed(torch.nn.Module):
         def forward(self, ids, task, z):
             return torch.nn.functional.one_hot(ids[:, 0], 4).float()
+
     predicted, label = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 3])
     scores = evaluate(Fixed(), Examples(predicted, np.arange(7), label), None, "cpu")
     assert scores["accuracy"] == pytest.approx(3 / 6)
@@ -153,27 +195,57 @@ def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
     network on disk."""
     done = command(*SHORT, "--aux_weight", 0.5, "--transfer_start", 30, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["history.jsonl", "pruned.pt", "result.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "history.jsonl",
+        "pruned.pt",
+        "result.json",
+    ]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    for key in ("test_accuracy", "test_macro_f1", "validation_accuracy", "target_sparsity", "delivered_sparsity",
-                "expected_sparsity", "params_dense", "params_pruned", "latency_dense_ms", "latency_pruned_ms", "speedup",
-                "seconds", "seed"):
+    for key in (
+        "test_accuracy",
+        "test_macro_f1",
+        "validation_accuracy",
+        "target_sparsity",
+        "delivered_sparsity",
+        "expected_sparsity",
+        "params_dense",
+        "params_pruned",
+        "latency_dense_ms",
+        "latency_pruned_ms",
+        "speedup",
+        "seconds",
+        "seed",
+    ):
         assert isinstance(result[key], (int, float)), key
     assert result["args"]["transfer_start"] == 30 and f"{result['test_accuracy']:.3f}" in done.stdout
     small = GatedTransformer.load(tmp_path / "out" / "pruned.pt")
     assert result["params_pruned"] == sum(p.numel() for p in small.parameters()) < result["params_dense"]
     assert result["delivered_sparsity"] == pytest.approx(1 - prunable(small) / (2 * 12 * 16 * 16))
-    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads and result["ffn_kept"] == small.config.ffn
+    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads and result[
+        "ffn_kept"
+    ] == small.config.ffn
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     for row in rows:
-        assert {"step", "phase", "loss_target", "loss_aux", "lagrangian", "lambda1", "lambda2", "expected_sparsity",
-                "wanted_sparsity", "validation_accuracy"} <= row.keys()
+        assert {
+            "step",
+            "phase",
+            "loss_target",
+            "loss_aux",
+            "lagrangian",
+            "lambda1",
+            "lambda2",
+            "expected_sparsity",
+            "wanted_sparsity",
+            "validation_accuracy",
+        } <= row.keys()
         assert all(np.isfinite(v) for v in row.values() if not isinstance(v, str))
     data = prepare("reviews:restaurant", "reviews:film", 200, 64, 10000)
     texts = [text for text, _ in __import__("transfer").reviews("restaurant")["test"]]
     names = [data.labels["target"][i] for i in data.test.label]
     right = [a == b for a, b in zip(small.predict(texts), names)]
-    assert np.mean(right) == pytest.approx(result["test_accuracy"], abs=1e-6)  # the file on disk has this accuracy
+    assert np.mean(right) == pytest.approx(
+        result["test_accuracy"], abs=1e-6
+    )  # the file on disk has this accuracy
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
@@ -205,9 +277,28 @@ def test_without_sparsity_nothing_is_pruned(tmp_path):
 def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
     """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
     wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
-    result = loop.train(loop.parse_args([
-        "--sparsity", str(sparsity), "--n_target", "3000", "--aux_weight", "0", "--steps", "1000", "--prune_start", "200",
-        "--prune_ramp", "300", "--finetune_steps", "350", "--out_dir", str(tmp_path)]))
+    result = loop.train(
+        loop.parse_args(
+            [
+                "--sparsity",
+                str(sparsity),
+                "--n_target",
+                "3000",
+                "--aux_weight",
+                "0",
+                "--steps",
+                "1000",
+                "--prune_start",
+                "200",
+                "--prune_ramp",
+                "300",
+                "--finetune_steps",
+                "350",
+                "--out_dir",
+                str(tmp_path),
+            ]
+        )
+    )
     assert abs(result["expected_sparsity"] - sparsity) < 0.02
     assert sparsity <= result["delivered_sparsity"] < sparsity + 8 / 48
     assert sum(result["ffn_kept"]) > 0 or sparsity > 1 - 8 / 48
@@ -218,24 +309,45 @@ def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsit
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data on this machine")
-@pytest.mark.parametrize("target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("sst5", "sst2"), ("acl_arc", "scicite")])
+@pytest.mark.parametrize(
+    "target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("sst5", "sst2"), ("acl_arc", "scicite")]
+)
 def test_real_pairs_run_to_the_end(tmp_path, target, aux):
-    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--steps", 50, "--finetune_steps", 10)
-    assert result["delivered_sparsity"] >= 0.5 and 0 < result["test_macro_f1"] <= result["test_accuracy"] + 0.5
+    result = run(
+        tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--steps", 50, "--finetune_steps", 10
+    )
+    assert (
+        result["delivered_sparsity"] >= 0.5 and 0 < result["test_macro_f1"] <= result["test_accuracy"] + 0.5
+    )
 
 
 # ---- bad input
 
 
 BAD = [
-    (["--sparsity", "0.99"], "sparsity must be below 0.9"), (["--sparsity", "-0.1"], "sparsity"), (["--sparsity", "nan"], "sparsity"),
-    (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"), (["--steps", "100"], "more than all steps"),
-    (["--gate_lr", "0.001"], "pruning needs"), (["--aux_weight", "-1"], "aux_weight"), (["--lr", "0"], "lr"),
-    (["--lr", "inf"], "lr"), (["--gate_lr", "-0.1"], "gate_lr"), (["--dropout", "1"], "dropout"), (["--steps", "ten"], "steps"),
-    (["--coupling", "add"], "coupling"), (["--aux_wieght", "1"], "aux_wieght"), (["--n_target", "7000"], "n_target 7000 is larger"),
-    (["--n_target", "1"], "one class"), (["--target", "reviews:book"], "reviews:restaurant"), (["--target", "./none"], "no such file"),
-    (["--device", "tpu"], "device"), (["--batch_size", "0"], "batch_size"), (["--prune_ramp", "0"], "prune_ramp"),
-    (["--vocab_size", "1"], "vocab_size"), (["--transfer_stop", "-1"], "transfer_stop"),
+    (["--sparsity", "0.99"], "sparsity must be below 0.9"),
+    (["--sparsity", "-0.1"], "sparsity"),
+    (["--sparsity", "nan"], "sparsity"),
+    (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"),
+    (["--steps", "100"], "more than all steps"),
+    (["--gate_lr", "0.001"], "pruning needs"),
+    (["--aux_weight", "-1"], "aux_weight"),
+    (["--lr", "0"], "lr"),
+    (["--lr", "inf"], "lr"),
+    (["--gate_lr", "-0.1"], "gate_lr"),
+    (["--dropout", "1"], "dropout"),
+    (["--steps", "ten"], "steps"),
+    (["--coupling", "add"], "coupling"),
+    (["--aux_wieght", "1"], "aux_wieght"),
+    (["--n_target", "7000"], "n_target 7000 is larger"),
+    (["--n_target", "1"], "one class"),
+    (["--target", "reviews:book"], "reviews:restaurant"),
+    (["--target", "./none"], "no such file"),
+    (["--device", "tpu"], "device"),
+    (["--batch_size", "0"], "batch_size"),
+    (["--prune_ramp", "0"], "prune_ramp"),
+    (["--vocab_size", "1"], "vocab_size"),
+    (["--transfer_stop", "-1"], "transfer_stop"),
 ]
 
 
@@ -250,9 +362,13 @@ def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path):
     write(tmp_path / "broken", "train.jsonl", [{"text": "a", "label": "x"}])
     (tmp_path / "broken" / "train.jsonl").open("a").write("{oops\n")
     (tmp_path / "file").write_text("")
-    for flags, reason in ((["--sparsity", "2"], "sparsity"), (["--target", tmp_path / "broken"], "line 2"),
-                          (["--wrong", "1"], "--wrong"), (["--steps"], "steps"),
-                          (["--out_dir", tmp_path / "file" / "out"], "file/out")):
+    for flags, reason in (
+        (["--sparsity", "2"], "sparsity"),
+        (["--target", tmp_path / "broken"], "line 2"),
+        (["--wrong", "1"], "--wrong"),
+        (["--steps"], "steps"),
+        (["--out_dir", tmp_path / "file" / "out"], "file/out"),
+    ):
         done = command(*flags, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and reason in done.stderr

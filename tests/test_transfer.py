@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from model import PAD, words
-from transfer import (InputError, aux_weight_at, batch_order, couple, epoch_order, limited_subset, load_task, prepare,
-                      reviews, transferred)
+from transfer import (
+    InputError,
+    aux_weight_at,
+    batch_order,
+    couple,
+    epoch_order,
+    limited_subset,
+    load_task,
+    prepare,
+    reviews,
+    transferred,
+)
 
 
 def write(folder, name, rows):
@@ -47,7 +57,11 @@ def test_aux_weight_is_on_exactly_in_its_window():
 
 
 def test_transferred_names_what_the_auxiliary_gradient_may_touch():
-    assert [transferred(["w"], ["g"], what) for what in ("weights", "gates", "both")] == [["w"], ["g"], ["w", "g"]]
+    assert [transferred(["w"], ["g"], what) for what in ("weights", "gates", "both")] == [
+        ["w"],
+        ["g"],
+        ["w", "g"],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -65,7 +79,9 @@ def test_projection_never_points_against_the_target_and_equals_the_sum_when_they
         expected = flat(g_aux) - dot / flat(g_target).square().sum() * flat(g_target)
         torch.testing.assert_close(aux_part, expected, atol=1e-5, rtol=1e-5)
     else:
-        torch.testing.assert_close(flat(couple(g_target, g_aux, "project")), flat(couple(g_target, g_aux, "sum")))
+        torch.testing.assert_close(
+            flat(couple(g_target, g_aux, "project")), flat(couple(g_target, g_aux, "sum"))
+        )
     torch.testing.assert_close(flat(couple(g_target, g_aux, "sum")), flat(g_target) + flat(g_aux))
 
 
@@ -91,7 +107,10 @@ def test_the_label_is_the_polarity_of_the_main_clause():
     """Parse every sentence again, independently: drop the clause of the conjunction, look up the adjective,
     count negations."""
     from transfer import BLAME, PRAISE
-    polarity = {w: 1 for ws in PRAISE.values() for w in ws.split()} | {w: -1 for ws in BLAME.values() for w in ws.split()}
+
+    polarity = {w: 1 for ws in PRAISE.values() for w in ws.split()} | {
+        w: -1 for ws in BLAME.values() for w in ws.split()
+    }
     for text, label in reviews("restaurant")["train"]:
         main = [c for c in text.split(", ") if not c.startswith(("although", "though", "even", "while"))]
         assert len(main) == 1
@@ -104,8 +123,11 @@ def test_200_sentences_do_not_show_most_of_what_the_opinion_words_mean():
     """At most half of the opinion words occur twice among 200 labelled sentences; the auxiliary task has them
     all."""
     from transfer import BLAME, PRAISE
+
     opinions = {w for ws in (*PRAISE.values(), *BLAME.values()) for w in ws.split() if "-" not in w}
-    count = Counter(w for text, _ in reviews("restaurant")["train"][:200] for w in words(text, 64) if w in opinions)
+    count = Counter(
+        w for text, _ in reviews("restaurant")["train"][:200] for w in words(text, 64) if w in opinions
+    )
     assert sum(n >= 2 for n in count.values()) < len(opinions) / 2
     film = {w for text, _ in reviews("film")["train"] for w in words(text, 64)}
     assert {w for ws in (PRAISE["shared"], BLAME["shared"]) for w in ws.split()} <= film
@@ -131,13 +153,19 @@ def test_the_subset_is_the_same_with_and_without_a_second_task(tmp_path):
     target = small_task(tmp_path / "t", train=60, validation=10, test=10)
     aux = small_task(tmp_path / "a", train=60)
     alone, helped = (prepare(target, a, 20, 64, 1000, seed=3) for a in ("none", aux))
-    text = lambda d: [[d.vocab[t] for t in d.train.tokens[a:b]] for a, b in zip(d.train.start, d.train.start[1:])]
+    text = lambda d: [
+        [d.vocab[t] for t in d.train.tokens[a:b]] for a, b in zip(d.train.start, d.train.start[1:])
+    ]
     assert text(alone) == text(helped) and alone.train.label.tolist() == helped.train.label.tolist()
 
 
 def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_path):
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)  # sentences 0-19, 20-24, 25-29
-    write(tmp_path / "a", "train.jsonl", sentences(40, 10) + [{"text": "SENTENCE  number 22 of many", "label": "no"}])
+    write(
+        tmp_path / "a",
+        "train.jsonl",
+        sentences(40, 10) + [{"text": "SENTENCE  number 22 of many", "label": "no"}],
+    )
     data = prepare(target, str(tmp_path / "a"), 0, 64, 1000)
     assert len(data.aux.label) == 30
     assert any("dropped 11 auxiliary" in note for note in data.notes)
@@ -148,7 +176,12 @@ def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_p
 def test_the_vocabulary_holds_training_words_only_most_frequent_first(tmp_path):
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
     data = prepare(target, "none", 10, 64, 1000)
-    assert data.vocab[:3] == ["<pad>", "<unk>", "<sep>"] and set(data.vocab[3:7]) == {"sentence", "number", "of", "many"}
+    assert data.vocab[:3] == ["<pad>", "<unk>", "<sep>"] and set(data.vocab[3:7]) == {
+        "sentence",
+        "number",
+        "of",
+        "many",
+    }
     assert len(data.vocab) == 3 + 4 + 10 and not {str(i) for i in range(20, 30)} & set(data.vocab)
     assert prepare(target, "none", 10, 64, 5).vocab[3:] == data.vocab[3:5]
     assert (data.test.tokens == 1).sum() == 5  # the numbers, unknown
@@ -172,7 +205,9 @@ def test_neighbours_in_the_order_have_similar_lengths():
     """Padding to the longest of a batch wastes little: under 10 % against over 40 % in a random order."""
     rng = np.random.default_rng(0)
     length = rng.integers(1, 60, size=4096)
-    waste = lambda order: 1 - length.sum() / sum(32 * length[order[i : i + 32]].max() for i in range(0, 4096, 32))
+    waste = lambda order: (
+        1 - length.sum() / sum(32 * length[order[i : i + 32]].max() for i in range(0, 4096, 32))
+    )
     assert waste(epoch_order(length, 32, rng)) < 0.1 and waste(rng.permutation(4096)) > 0.4
 
 
@@ -193,16 +228,31 @@ def test_a_folder_like_glue_loads_with_configuration_pairs_and_label_names(tmp_p
     labels: the validation split is then reported, a fixed part of train is used for selection, and a note
     says both."""
     from datasets import ClassLabel, Dataset, Features, Value
-    features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "idx": Value("int32"),
-                         "label": ClassLabel(names=["entailment", "not_entailment"])})
-    for split, n, label in (("train", 50, lambda i: i % 2), ("validation", 8, lambda i: i % 2), ("test", 9, lambda i: -1)):
-        rows = [{"sentence1": f"{split} one {i}", "sentence2": f"two {i}", "idx": i, "label": label(i)} for i in range(n)]
+
+    features = Features(
+        {
+            "sentence1": Value("string"),
+            "sentence2": Value("string"),
+            "idx": Value("int32"),
+            "label": ClassLabel(names=["entailment", "not_entailment"]),
+        }
+    )
+    for split, n, label in (
+        ("train", 50, lambda i: i % 2),
+        ("validation", 8, lambda i: i % 2),
+        ("test", 9, lambda i: -1),
+    ):
+        rows = [
+            {"sentence1": f"{split} one {i}", "sentence2": f"two {i}", "idx": i, "label": label(i)}
+            for i in range(n)
+        ]
         (tmp_path / "rte").mkdir(exist_ok=True)
         Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rte" / f"{split}-00000.parquet")
     (tmp_path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: rte\n  data_files:\n" + "".join(
-            f"  - split: {s}\n    path: rte/{s}-*\n" for s in ("train", "validation", "test"))
-        + "- config_name: other\n  data_files:\n  - split: train\n    path: rte/train-*\n---\n")
+        "---\nconfigs:\n- config_name: rte\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: rte/{s}-*\n" for s in ("train", "validation", "test"))
+        + "- config_name: other\n  data_files:\n  - split: train\n    path: rte/train-*\n---\n"
+    )
     word_id = {"<pad>": 0, "<unk>": 1, "<sep>": 2}
     splits, names, notes = load_task(f"{tmp_path}:rte", None, None, 64, word_id)
     assert names == ["entailment", "not_entailment"]
@@ -210,7 +260,9 @@ def test_a_folder_like_glue_loads_with_configuration_pairs_and_label_names(tmp_p
     assert said(word_id, splits["test"], 3) == ["validation", "one", "3", "<sep>", "two", "3"]
     assert said(word_id, splits["validation"], 0)[0] == "train"
     assert splits["test"].label.tolist() == [0, 1] * 4
-    assert any("test split" in n and "no labels" in n for n in notes) and any("validation split is reported" in n for n in notes)
+    assert any("test split" in n and "no labels" in n for n in notes) and any(
+        "validation split is reported" in n for n in notes
+    )
     with pytest.raises(InputError, match="nope"):
         load(f"{tmp_path}:nope")
 
@@ -218,10 +270,15 @@ def test_a_folder_like_glue_loads_with_configuration_pairs_and_label_names(tmp_p
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_single_file_loads_and_is_split_the_same_way_every_time(tmp_path, kind):
     import datasets
+
     table, path = datasets.Dataset.from_list(sentences(100)), str(tmp_path / f"mine.{kind}")
     {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](path)
     splits, names, notes = load(path)
-    assert names == ["no", "yes"] and [len(splits[s].label) for s in ("train", "validation", "test")] == [81, 10, 9]
+    assert names == ["no", "yes"] and [len(splits[s].label) for s in ("train", "validation", "test")] == [
+        81,
+        10,
+        9,
+    ]
     assert len(notes) == 2
     assert (load(path)[0]["test"].tokens == splits["test"].tokens).all()
 
@@ -238,30 +295,46 @@ def test_columns_are_found_by_name_and_type_or_named(tmp_path):
     with pytest.raises(InputError, match="'n' .* not text"):
         load(tmp_path, ["n"], "coarse")
     assert load(tmp_path, ["question"], "fine")[1] == ["f0", "f1", "f2"]
-    assert load(tmp_path, label_column="coarse")[1] == ["0", "1"]  # both remaining columns of strings are read
+    assert load(tmp_path, label_column="coarse")[1] == [
+        "0",
+        "1",
+    ]  # both remaining columns of strings are read
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"text": "a", "label": }', "line 3: "), ("not json", "line 3: "), ('{"text": "a", "label": "x"', "line 3: "),
-    ('{"text": "a", "label": "\xff"}'.encode("latin-1"), "line 3: .*utf-8"),
-])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"text": "a", "label": }', "line 3: "),
+        ("not json", "line 3: "),
+        ('{"text": "a", "label": "x"', "line 3: "),
+        ('{"text": "a", "label": "\xff"}'.encode("latin-1"), "line 3: .*utf-8"),
+    ],
+)
 def test_an_unreadable_json_line_is_named_by_its_number(tmp_path, line, reason):
     good = b'{"text": "a", "label": "x"}\n'
-    (tmp_path / "train.jsonl").write_bytes(2 * good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    (tmp_path / "train.jsonl").write_bytes(
+        2 * good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good
+    )
     with pytest.raises(InputError, match=reason):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("rows, reason", [
-    ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], "example 2 of the train split .* no label"),
-    ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "holds float64"),
-    ([{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}], "label"),
-    ([{"text": 1, "label": "x"}, {"text": 2, "label": "y"}], "--text_columns"),
-    ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}] * 9, "single class, 'x'"),
-    ([{"label": "x"}, {"label": "y"}], "--text_columns"),
-    ([{"text": "a"}, {"text": "b"}], "--label_column"),
-    ([], "empty or unreadable"),
-])
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        (
+            [{"text": "a", "label": "x"}, {"text": "b", "label": None}],
+            "example 2 of the train split .* no label",
+        ),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "holds float64"),
+        ([{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}], "label"),
+        ([{"text": 1, "label": "x"}, {"text": 2, "label": "y"}], "--text_columns"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}] * 9, "single class, 'x'"),
+        ([{"label": "x"}, {"label": "y"}], "--text_columns"),
+        ([{"text": "a"}, {"text": "b"}], "--label_column"),
+        ([], "empty or unreadable"),
+    ],
+)
 def test_unusable_rows_are_refused_with_the_reason(tmp_path, rows, reason):
     write(tmp_path, "train.jsonl", rows)
     with pytest.raises(InputError, match=reason):
