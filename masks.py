@@ -3,7 +3,7 @@
 One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is exactly 0 or
 exactly 1 most of the time, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A
 Lagrangian steers the expected sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the
-end one global choice turns the probabilities into a 0/1 structure of exactly the size that was asked for.
+end one global choice turns the probabilities into a 0/1 structure of the size that was asked for.
 
 This file imports nothing but torch and math: copy it into your own project. Left out on purpose: gates on
 single neurons and on the embedding width, and pruning without a size target (a bare L0 penalty).
@@ -34,7 +34,8 @@ class Z(NamedTuple):
 
 def sample_z(log_alpha, generator=None):
     """Sample hard-concrete gates (Louizos et al. 2018). Shape in = shape out; exact 0s and exact 1s have
-    positive mass."""
+    positive mass.
+    """
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
@@ -47,7 +48,8 @@ def prob_open(log_alpha):
 
 def deterministic_z(log_alpha):
     """The gate used for evaluation: stretched, clipped sigmoid, not divided by BETA, as in Louizos et al.
-    2018."""
+    2018.
+    """
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -61,7 +63,8 @@ class Gates(nn.Module):
 
     def effective(self, gate):
         """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities.
-        Returns a Z."""
+        Returns a Z.
+        """
         head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
         return Z(head * attn, ffn)
 
@@ -73,7 +76,8 @@ class Gates(nn.Module):
 
     def prob_open(self):
         """P(open) of every unit as a Z; the gates of a head and of its sublayer are independent, so they
-        multiply."""
+        multiply.
+        """
         return self.effective(prob_open(self.log_alpha))
 
     def random(self, seed):
@@ -96,7 +100,8 @@ class Gates(nn.Module):
 
 def unit_sizes(d_model, n_head):
     """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer (4 d_model
-    wide)."""
+    wide).
+    """
     return 4 * d_model * (d_model // n_head), 8 * d_model**2
 
 
@@ -106,7 +111,8 @@ def sparsity(z, head_size, ffn_size):
 
     head_size, ffn_size: parameters of one head (its slice of Q, K, V and output) and of one feed-forward
     sublayer. With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one
-    that counts. """
+    that counts.
+    """
     total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
     return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
 
@@ -123,7 +129,8 @@ def lr_at(step, lr, finetune_start, steps):
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
     """Sparsity wanted at `step`: 0 up to prune_start, then a straight line that reaches `sparsity` prune_ramp
-    steps later."""
+    steps later.
+    """
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
@@ -132,14 +139,16 @@ def lagrangian(expected, wanted, lambdas):
     the lambdas.
 
     A negative value is normal: after an overshoot (s > t with lambda1 < 0) the term rewards opening gates
-    again. """
+    again.
+    """
     gap = expected - wanted
     return lambdas[0] * gap + lambdas[1] * gap**2
 
 
 def max_sparsity(n_layer, n_head, head_size, ffn_size):
     """The largest expected sparsity that gates clamped at -LIMIT can reach; a larger target can never be
-    met."""
+    met.
+    """
     gates = Gates(n_layer, n_head)
     nn.init.constant_(gates.log_alpha, -LIMIT)
     return sparsity(gates.prob_open(), head_size, ffn_size).item()
@@ -148,7 +157,8 @@ def max_sparsity(n_layer, n_head, head_size, ffn_size):
 def steps_to_settle(gate_lr):
     """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that
     closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many
-    again."""
+    again.
+    """
     return math.ceil(3 * (INIT + LIMIT) / gate_lr)
 
 
@@ -174,7 +184,8 @@ def select(prob, sparsity, head_size, ffn_size):
 
     The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is
     as large as many heads, so that under a tight budget a purely greedy choice fills up with heads and may
-    drop all of them at once. """
+    drop all of them at once.
+    """
     n_heads = prob.head.numel()
     p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
     size = [head_size] * n_heads + [ffn_size] * prob.ffn.numel()

@@ -90,7 +90,8 @@ class Block(nn.Module):
         """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H D,) gates or None.
 
         A gate multiplies its head's context. Multiplying the columns of the output matrix that read this
-        context is the same product and cheaper, since there are more tokens than rows of the matrix. """
+        context is the same product and cheaper, since there are more tokens than rows of the matrix.
+        """
         B, T, _ = x.shape
         qkv = project(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -148,7 +149,8 @@ class GatedTransformer(nn.Module):
     @torch.no_grad()
     def predict(self, texts):
         """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on
-        pairs of texts."""
+        pairs of texts.
+        """
         names, device = [], self.norm.weight.device
         for chunk in (texts[i : i + 64] for i in range(0, len(texts), 64)):
             found = [words(text, self.config.max_length) for text in chunk]
@@ -190,7 +192,8 @@ def words(text, max_length):
     """Lower-case words and punctuation marks of a text, or of a tuple of texts with <sep> between them.
 
     Returns at least one and at most max_length strings, shared fairly between the texts. Reads no further
-    than 32 characters a word, so that a text of many megabytes costs no more than a long one. """
+    than 32 characters a word, so that a text of many megabytes costs no more than a long one.
+    """
     parts = (text,) if isinstance(text, str) else text
     limit = max(1, (max_length - len(parts) + 1) // len(parts))
     found = [WORD.findall(part[: 32 * limit].lower())[:limit] for part in parts]
@@ -199,7 +202,8 @@ def words(text, max_length):
 
 class Examples(NamedTuple):
     """N labelled texts in three flat arrays: no Python object per example, so a million texts cost only their
-    word ids."""
+    word ids.
+    """
 
     tokens: np.ndarray  # word ids of all texts, one text after the other
     start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
@@ -217,7 +221,8 @@ class Examples(NamedTuple):
 
     def batch(self, index, device="cpu"):
         """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array index
-        (B,)."""
+        (B,).
+        """
         start, length = self.start[index, None], np.diff(self.start)[index, None]
         column = np.arange(length.max())
         ids = np.where(column < length, self.tokens[np.minimum(start + column, len(self.tokens) - 1)], PAD)
@@ -226,7 +231,8 @@ class Examples(NamedTuple):
 
 def tokenize(pairs, max_length, word_id, label_id):
     """Turn (text, label name) pairs into Examples; new words and label names get the next free id in the two
-    dicts."""
+    dicts.
+    """
     tokens, start, label = array("i"), array("q", [0]), array("i")
     for text, name in pairs:
         tokens.extend([word_id.setdefault(w, len(word_id)) for w in words(text, max_length)])
@@ -239,14 +245,16 @@ def dropout_noise(model, batch_size, p, generator):
     """Dropout factors (B, 2L + 1, C), 0 or 1 / (1 - p), for every sublayer's output and for the embeddings.
 
     One draw serves all tokens of an example (Gal and Ghahramani 2016): T times fewer random numbers, and the
-    noise of an example depends neither on padding nor on its neighbours in the batch. """
+    noise of an example depends neither on padding nor on its neighbours in the batch.
+    """
     shape = (batch_size, 2 * len(model.blocks) + 1, model.config.d_model)
     return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def prunable(model):
     """Number of prunable parameters: the attention and feed-forward matrices; no embeddings, norms or
-    classifiers."""
+    classifiers.
+    """
     return sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
 
 
@@ -274,7 +282,8 @@ def extract(model, z):
 @torch.no_grad()
 def evaluate(model, examples, z, device):
     """Accuracy, macro_f1 (mean over classes) and loss (nats) of the target task, as a dict. z: gates or
-    None."""
+    None.
+    """
     order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
     logits, labels = [], []
     for index in np.array_split(order, max(1, len(order) // 256)):
@@ -313,7 +322,8 @@ def interval(values):
 
 def keep_freed_memory():
     """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a
-    quarter of a step."""
+    quarter of a step.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from masks import (Gates, lagrangian, lr_at, phase_at, select, sparsity, sparsity_at, unit_sizes,
+from masks import (Z, Gates, lagrangian, lr_at, phase_at, select, sparsity, sparsity_at, unit_sizes,
                    why_unreachable)
 from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, keep_freed_memory,
                    latency_ms, prunable, write)
@@ -107,7 +107,8 @@ def check(args):
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
         fail("with torchrun batch_size must divide by the processes; --seeds and --baseline are not possible")
-    window, shape = args.steps - args.finetune_steps - args.prune_start, (args.n_layer, args.n_head, args.d_model)
+    window = args.steps - args.finetune_steps - args.prune_start
+    shape = args.n_layer, args.n_head, args.d_model
     if reason := why_unreachable(args.sparsity, window, args.prune_ramp, args.gate_lr, *shape):
         fail(reason)
 
@@ -144,7 +145,8 @@ def task_loss(model, gates, task, examples, order, step, args):
     """Cross-entropy (nats per example) of one task's batch of this step, with noise of its own.
 
     gates: None when every unit is open. Order and noise are functions of (seed, step, task): they never
-    depend on the other task, and every process draws those of the whole batch and takes its share. """
+    depend on the other task, and every process draws those of the whole batch and takes its share.
+    """
     rank, world = rank_and_world()
     generator = torch.Generator(args.device).manual_seed(stream(task, args) * 10_000_019 + step)
     z = None if gates is None else gates.sample(generator)
@@ -189,7 +191,8 @@ def setting(args, data):
 
 def read_checkpoint(path, args, data):
     """What the interrupted run wrote, or None if it did not get that far. Raises InputError if it is
-    unusable."""
+    unusable.
+    """
     if not os.path.exists(path):
         return None
     try:
@@ -226,8 +229,7 @@ def dense_network(args, data):
 
 
 def build(args, data, path):
-    """Model, gates and optimizer, and the running values of the loop: new, or as a checkpoint at path has
-    them."""
+    """Model, gates, optimizer and running values of the loop: new, or as the checkpoint at path has them."""
     torch.manual_seed(args.seed)
     model, gates = dense_network(args, data), Gates(args.n_layer, args.n_head).to(args.device)
     saved = read_checkpoint(path, args, data) if args.resume else None
@@ -244,8 +246,7 @@ def build(args, data, path):
 
 
 def train(args):
-    """One run from data to extracted network. args: as from parse_args. Returns the dict that result.json
-    holds."""
+    """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
     # ---- settings and data: everything that can be refused is refused before anything is written
     began, out = time.time(), lambda name: os.path.join(args.out_dir, name)
     sizes = unit_sizes(args.d_model, args.n_head)
@@ -253,6 +254,7 @@ def train(args):
     keep_freed_memory()
     data = load(args)
     os.makedirs(args.out_dir, exist_ok=True)
+    open(out("history.jsonl"), "a").close()  # better to fail now than at the first evaluation
     main = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
 
     # ---- model, gates and optimizer, new or as the interrupted run left them
@@ -262,13 +264,15 @@ def train(args):
     tasks = {"target": data.train} | ({"auxiliary": data.aux} if data.aux else {})
     order = {task: batch_order(tasks[task], args.batch_size, stream(task, args)) for task in tasks}
     full_weight = args.aux_weight if data.aux else 0.0
-
     finetune_start = args.steps - args.finetune_steps
+    gated = args.sparsity > 0 and args.structure == "learned"
+    prune_start = args.prune_start if gated else finetune_start
 
     # ---- the loop
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if main else True)
     for step in bar:
-        phase = phase_at(step, args.prune_start, finetune_start)
+        phase = phase_at(step, prune_start, finetune_start)
+        pruning = phase == "prune"
         if args.sparsity and step == finetune_start:  # the structure is chosen and cut out
             prob = gates.prob_open() if args.structure == "learned" else gates.random(args.seed)
             structure = select(prob, args.sparsity, *sizes)  # a Z of zeros and ones
@@ -278,7 +282,6 @@ def train(args):
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # the objective: target loss + Lagrangian, and the weighted auxiliary loss
-        pruning = phase == "prune" and args.sparsity > 0 and args.structure == "learned"
         active = gates if pruning else None
         aux_weight = aux_weight_at(step, full_weight, args.transfer_start, args.transfer_stop)
         wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
@@ -304,14 +307,16 @@ def train(args):
 
         # evaluation and checkpoint
         if step % 10 == 0:
-            shown = ("loss_target", "loss_aux", "lagrangian", "expected_sparsity")
-            bar.set_postfix({"phase": phase, **{name: f"{terms[name]:.3f}" for name in shown}})
+            shown = {name: f"{term:.3f}" for name, term in list(terms.items())[:4]}
+            bar.set_postfix({"phase": phase} | shown)
         done = step + 1
         if main and (done % EVAL_EVERY == 0 or done == args.steps):
             z = gates.deterministic() if pruning else None
             scores = evaluate(model, data.validation, z, args.device)
             scores = {f"validation_{name}": score for name, score in scores.items()}
             row = {"step": done, "phase": phase, "aux_weight": aux_weight, "wanted_sparsity": wanted}
+            if pruning:
+                row["deterministic_sparsity"] = sparsity(Z(z.head > 0, z.ffn > 0), *sizes).item()
             history.append(row | terms | scores)
             with open(out("history.jsonl"), "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in history)
@@ -344,7 +349,8 @@ def train(args):
 
 def summary(args, data, model, structure):
     """What is known about the finished network `model`. structure: 0/1 of the heads (L, H) and of the ffn
-    (L,)."""
+    (L,).
+    """
     dense, folder = dense_network(args, data), os.path.dirname(os.path.abspath(__file__))
     status, commit = subprocess.getstatusoutput(f"git -C '{folder}' rev-parse --short HEAD")
     sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]

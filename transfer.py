@@ -31,7 +31,8 @@ def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
 
 def transferred(weights, gates, transfer):
     """What: the shared parameters that the auxiliary gradient may touch; transfer is "weights", "gates" or
-    "both"."""
+    "both".
+    """
     return {"weights": weights, "gates": gates, "both": weights + gates}[transfer]
 
 
@@ -41,7 +42,8 @@ def couple(g_target, g_aux, coupling):
     "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
     is negative, so that the auxiliary task can slow the target down but never turn it back. This is the
     special case eta = (1, 1, 0), with one basis vector, of Auxiliary Task Update Decomposition (Dery et al.
-    2021); "sum" is eta = (1, 1, 1). """
+    2021); "sum" is eta = (1, 1, 1).
+    """
     if coupling == "project":
         dot = sum(torch.sum(a * t) for a, t in zip(g_aux, g_target))
         norm = sum(torch.sum(t * t) for t in g_target)
@@ -90,7 +92,8 @@ BLAME = {
 
 def review(rng, domain):
     """One sentence about a restaurant or a film and the polarity of its main clause: (text, "positive" or
-    "negative")."""
+    "negative").
+    """
 
     def clause(positive):
         negated = rng.random() < 0.3
@@ -109,7 +112,8 @@ def review(rng, domain):
 
 def reviews(domain, sizes={"train": 6000, "validation": 500, "test": 2000}):
     """The built-in task: split name -> list of (text, label name), no sentence twice, the same on every
-    machine."""
+    machine.
+    """
     rng, unique = random.Random(domain), {}
     while len(unique) < sum(sizes.values()):
         text, label = review(rng, domain)
@@ -127,7 +131,8 @@ class InputError(Exception):
 
 def bad_json_line(path):
     """"file, line 7: reason" for the first line of a JSONL file, or of those in a folder, that is not JSON,
-    else None."""
+    else None.
+    """
     inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
     for file in (f for f in inside or [path] if f.endswith((".jsonl", ".json")) and os.path.isfile(f)):
         with open(file, "rb") as lines:
@@ -141,7 +146,8 @@ def bad_json_line(path):
 def load_splits(spec):
     """Load a data set with the `datasets` library: a dict of its splits. spec: "hub/name",
     "hub/name:configuration", or a local folder or file (JSONL, CSV, parquet). Never runs code that comes with
-    a data set. Raises InputError."""
+    a data set. Raises InputError.
+    """
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
     datasets.disable_progress_bars()
@@ -166,7 +172,8 @@ def find_columns(split, spec, text_columns, label_column):
 
     Found: label = the column "label", else the only column of whole numbers or classes; text = the column
     "text", else all remaining columns of strings (two at most). Raises InputError if that leaves none or
-    several. """
+    several.
+    """
     features, columns = split.features, f"the columns of {spec} are {', '.join(split.column_names)}"
     dtype = {c: getattr(f, "dtype", "nested") for c, f in features.items()}
     missing = [c for c in [*(text_columns or []), label_column] if c and c not in features]
@@ -190,7 +197,8 @@ def find_columns(split, spec, text_columns, label_column):
 
 def rows(split, text_columns, label_column):
     """Iterate over (text, label name) of a Dataset; the label name is None where there is no label (null, or
-    -1 of a class)."""
+    -1 of a class).
+    """
     feature = split.features[label_column]
     names = getattr(feature, "names", None)
     for batch in split.select_columns([*text_columns, label_column]).iter(1000):
@@ -264,7 +272,8 @@ def limited_subset(label, n, seed):
 
     Examples are ranked at random within their class and taken in order of rank / class size: every class
     comes in proportion to its frequency, within one example, and every class comes once before any comes
-    twice (if n allows). """
+    twice (if n allows).
+    """
     order = np.random.default_rng(seed).permutation(len(label))
     rank = np.empty(len(label))
     for c in np.unique(label):
@@ -331,7 +340,8 @@ def batch_order(examples, batch_size, seed):
     the other.
 
     The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
-    and a run that is resumed needs no state to go on. """
+    and a run that is resumed needs no state to go on.
+    """
     length = np.diff(examples.start)
 
     @lru_cache(maxsize=2)
