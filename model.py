@@ -31,6 +31,11 @@ SPECIAL = ["<pad>", "<unk>", "<sep>"]
 WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
 
+def onednn(x, weight):
+    """x @ weight.T, without gradient. The op is internal to torch: one reason to pin its version."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 class Product(torch.autograd.Function):
     """x @ weight.T and its gradients by oneDNN, which torch ships but does not use for float32.
 
@@ -39,18 +44,14 @@ class Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def kernel(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-    @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return Product.kernel(x, weight)
+        return onednn(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return Product.kernel(grad, weight.t()), grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return onednn(grad, weight.t()), grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def project(x, weight):
@@ -103,6 +104,11 @@ class Block(nn.Module):
         return project(F.relu(project(self.ffn_norm(x), self.up.weight)), self.down.weight)  # (B, T, C)
 
 
+def add(x, y, scale):
+    """x + y * scale in one pass; x and y (B, T, C), scale broadcastable to them or None for 1."""
+    return x + y if scale is None else torch.addcmul(x, y, scale)
+
+
 class GatedTransformer(nn.Module):
     """Transformer encoder with one linear classifier per task.
 
@@ -132,19 +138,20 @@ class GatedTransformer(nn.Module):
         B, T = ids.shape
         real = ids != PAD  # (B, T)
         attn_mask = None if bool(real.all()) else real.view(B, 1, 1, T)
-        n_noise = 2 * len(self.blocks) + 1
-        drop = [1.0] * n_noise if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
-        x = (self.token(ids) + self.position.weight[:T]) * drop[-1]  # (B, T, C)
-        head, ffn = [None] * len(self.blocks), [1.0] * len(self.blocks)
+        x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
+        L, head = len(self.blocks), [None] * len(self.blocks)
         if z is not None:
             head, ffn = z.head.repeat_interleave(self.config.d_head, dim=1).unbind(), z.ffn.unbind()
+            drop = x.new_ones(1, 2 * L + 1, 1) if drop is None else drop
+        drop = [None] * (2 * L + 1) if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
+        x = x if drop[-1] is None else x * drop[-1]
         for i, block in enumerate(self.blocks):
             if block.n_head:
-                x = x + block.attention(x, attn_mask, head[i]) * drop[2 * i]
+                x = add(x, block.attention(x, attn_mask, head[i]), drop[2 * i])
             if block.has_ffn:
-                x = x + block.feed_forward(x) * (drop[2 * i + 1] * ffn[i])
-        x = self.norm(x) * real.unsqueeze(2)
-        return self.classifier[task](x.sum(1) / real.sum(1, keepdim=True))
+                x = add(x, block.feed_forward(x), drop[2 * i + 1] if z is None else drop[2 * i + 1] * ffn[i])
+        weight = real.to(x) / real.sum(1, keepdim=True)  # (B, T), for the mean over words
+        return self.classifier[task]((weight.unsqueeze(1) @ self.norm(x)).squeeze(1))
 
     @torch.no_grad()
     def predict(self, texts):
@@ -179,8 +186,7 @@ def write(path, parts):
 
     Raises OSError, and leaves nothing half-written, when the disk is full or the folder gone.
     """
-    content = io.BytesIO()
-    torch.save(parts, content)
+    torch.save(parts, content := io.BytesIO())
     with open(f"{path}.tmp", "wb") as file:
         file.write(content.getvalue())
         file.flush()

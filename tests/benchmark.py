@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import train as loop
 from masks import Gates, Z, lagrangian, select, sparsity, unit_sizes
-from model import Config, Examples, GatedTransformer, extract, keep_freed_memory, latency_ms, prunable
+from model import Config, Examples, GatedTransformer, extract, keep_freed_memory, latency_ms, onednn, prunable
 from transfer import batch_order
 
 SHAPES = [(64, 4, 12), (128, 4, 64), (256, 6, 128)]  # d_model, n_layer, tokens; the first is the default
@@ -189,21 +189,24 @@ def extracted_network():
 
 
 def share_of_peak():
-    print("\n4. share of the machine's matrix-multiply peak that a training step reaches")
+    print(
+        "\n4. GFLOP/s of a training step, and of large products by torch's `@` and by oneDNN on this machine"
+    )
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     for shape in SHAPES:
-        tokens = sum(
-            random_texts(shape[2]).batch(batch_order(random_texts(shape[2]), BATCH, 0)(i))[0].numel()
-            for i in range(10)
+        texts = random_texts(shape[2])
+        order = batch_order(texts, BATCH, 0)
+        tokens = sum(texts.batch(order(i))[0].numel() for i in range(10)) / 10
+        steps = {"torch": lambda: a @ b, "onednn": lambda: onednn(a, b), "step": our_step(*shape)}
+        ms = alternate(steps, 10 if shape[0] == 256 else 50)
+        # 2 tasks, 3 passes (forward, and backward for inputs and for weights), 2 operations per multiply-add
+        work = 2 * 3 * 2 * tokens * multiply_adds(network(*shape)[0], shape[2]) / shape[2]
+        step, *peaks = (
+            work / ms["step"] / 1e6,
+            *(2 * 2048**3 / ms[name] / 1e6 for name in ("torch", "onednn")),
         )
-        step, ms = our_step(*shape), {}
-        ms = alternate({"peak": lambda: a @ b, "step": step}, 10 if shape[0] == 256 else 50)
-        peak = 2 * 2048**3 / ms["peak"] / 1e6
-        work = (
-            2 * 3 * 2 * tokens / 10 * multiply_adds(network(*shape)[0], shape[2]) / shape[2]
-        )  # 2 tasks, 3 passes
         print(
-            f"   {shape}: {work / ms['step'] / 1e6:6.1f} of {peak:6.1f} GFLOP/s = {work / ms['step'] / 1e6 / peak:.2f}"
+            f"   {shape}: step {step:.0f} = {step / peaks[0]:.2f} of {peaks[0]:.0f} = {step / peaks[1]:.2f} of {peaks[1]:.0f}"
         )
 
 
