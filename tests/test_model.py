@@ -18,6 +18,7 @@ from model import (
     GatedTransformer,
     dropout_noise,
     extract,
+    interval,
     project,
     prunable,
     words,
@@ -227,3 +228,18 @@ def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
     assert (
         len(set(small.predict([f"w{i}" for i in range(40)]))) > 1
     )  # it does not give one answer to everything
+
+
+def test_interval_is_the_t_interval():
+    """Against the textbook: 1 to 5 have mean 3 and deviation sqrt(2.5); the 0.975 quantile of t with 4 df is 2.776."""
+    mean, deviation, half = interval([1, 2, 3, 4, 5])
+    assert (mean, deviation) == (3, pytest.approx(2.5**0.5))
+    assert half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=1e-3)
+    assert math.isnan(interval([1])[2])
+
+
+def test_the_interval_covers_the_true_mean_in_95_of_100_series():
+    """5,000 series of 5 normal values; 0.012 is four standard errors of a share of 0.95."""
+    values = torch.randn(5000, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    covered = sum(abs(mean) <= half for mean, _, half in map(interval, values)) / 5000
+    assert abs(covered - 0.95) < 0.012

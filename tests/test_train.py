@@ -268,6 +268,55 @@ def test_the_network_kept_is_the_best_on_validation_of_the_fine_tuning_phase(tmp
     assert evaluate(small, data.validation, None, "cpu")["accuracy"] == result["validation_accuracy"]
 
 
+def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp_path, monkeypatch, capsys):
+    """Two seeds with and without transfer are four runs; after losing two rows, exactly these two are run again."""
+    calls, real = [], loop.train
+    monkeypatch.setattr(loop, "train", lambda args: calls.append((args.seed, args.aux_weight)) or real(args))
+    flags = [
+        *SHORT,
+        "--seeds",
+        "2",
+        "--seed",
+        "3",
+        "--baseline",
+        "--transfer_start",
+        "0",
+        "--out_dir",
+        str(tmp_path),
+    ]
+    first = loop.series(loop.parse_args(flags))
+    assert calls == [(3, 0.5), (3, 0.0), (4, 0.5), (4, 0.0)]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["test_accuracy"] for line in lines] == [
+        first[weight][i]["test_accuracy"] for i in (0, 1) for weight in (0.5, 0.0)
+    ]
+    assert all(json.loads(line)["torch"] == torch.__version__ for line in lines)
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    calls.clear()
+    again = loop.series(loop.parse_args([*flags, "--checkpoint_every", "7"]))
+    assert calls == [(4, 0.5), (4, 0.0)]
+    scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
+    assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
+    capsys.readouterr()
+    loop.report_series(again)
+    mean = np.mean(np.subtract(scores[0.5], scores[0.0]))
+    assert f"difference paired by seed {mean:.1f} points" in capsys.readouterr().out
+
+
+def test_a_random_structure_has_the_same_budget_and_trains_no_gates(tmp_path):
+    result = run(tmp_path, "--structure", "random")
+    assert 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 24 and result["expected_sparsity"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert all(row["lagrangian"] == 0 and row["phase"] != "prune" for row in rows)
+    other = run(tmp_path, "--structure", "random", "--seed", 5)
+    assert other["heads_kept"] != result["heads_kept"]
+
+
+def test_shuffled_auxiliary_labels_are_the_same_labels_in_another_order():
+    plain, shuffled = (loop.load(loop.parse_args(flags)).aux.label for flags in ([], ["--aux_shuffle"]))
+    assert sorted(plain) == sorted(shuffled) and 0.4 < (plain == shuffled).mean() < 0.6
+
+
 def test_without_sparsity_nothing_is_pruned(tmp_path):
     result = run(tmp_path, "--sparsity", 0)
     assert result["delivered_sparsity"] == 0 and result["params_pruned"] == result["params_dense"]
