@@ -1,7 +1,7 @@
 """Gates that learn which heads and layers to keep (structured pruning).
 
-One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is exactly 0 or
-exactly 1 most of the time, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A
+One real number log_alpha per prunable unit parametrises a random gate z in [0, 1] that is often exactly
+0 or exactly 1, yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A
 Lagrangian steers the expected sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the
 end one global choice turns the probabilities into a 0/1 structure of the size that was asked for.
 
@@ -83,7 +83,8 @@ class Gates(nn.Module):
     def random(self, seed):
         """Random numbers in place of P(open), for a control with a random structure."""
         draw = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
-        return self.effective(draw.to(self.log_alpha.device))
+        draw = draw.to(self.log_alpha.device)
+        return Z(draw[:, :-2], draw[:, -1])
 
     def parameter_groups(self, gate_lr):
         """For the optimiser: own learning rates, no weight decay, and the multipliers go uphill."""
@@ -164,9 +165,12 @@ def steps_to_settle(gate_lr):
 
 def why_unreachable(target, steps, ramp, gate_lr, n_layer, n_head, d_model):
     """The reason why a sparsity target cannot be met with `steps` steps of pruning, or None if it can."""
-    reachable, needed = max_sparsity(n_layer, n_head, *unit_sizes(d_model, n_head)), steps_to_settle(gate_lr)
+    head_size, ffn_size = unit_sizes(d_model, n_head)
+    reachable, needed = max_sparsity(n_layer, n_head, head_size, ffn_size), steps_to_settle(gate_lr)
     if target >= reachable:
         return f"sparsity must be below {reachable:.3f}, which the gates can reach, not {target}"
+    if (1 - target) * n_layer * (n_head * head_size + ffn_size) < head_size:
+        return f"sparsity {target} leaves no room for a single head: use more heads or layers"
     if target and ramp > steps:
         return f"prune_start, the {ramp} steps of prune_ramp and fine-tuning take more than all steps"
     if target and needed > steps:

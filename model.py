@@ -54,7 +54,7 @@ class Product(torch.autograd.Function):
         return onednn(grad, weight.t()), grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
-def project(x, weight):
+def linear(x, weight):
     """x @ weight.T: x (..., I), weight (O, I), returns (..., O). On the CPU in float32 by oneDNN."""
     own = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return Product.apply(x, weight) if own else F.linear(x, weight)
@@ -94,14 +94,14 @@ class Block(nn.Module):
         context is the same product and cheaper, since there are more tokens than rows of the matrix.
         """
         B, T, _ = x.shape
-        qkv = project(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
+        qkv = linear(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, T, D)
         out = self.out.weight if z is None else self.out.weight * z  # (C, H D)
-        return project(y.transpose(1, 2).reshape(B, T, -1), out)  # (B, T, C)
+        return linear(y.transpose(1, 2).reshape(B, T, -1), out)  # (B, T, C)
 
     def feed_forward(self, x):
-        return project(F.relu(project(self.ffn_norm(x), self.up.weight)), self.down.weight)  # (B, T, C)
+        return linear(F.relu(linear(self.ffn_norm(x), self.up.weight)), self.down.weight)  # (B, T, C)
 
 
 def add(x, y, scale):
@@ -158,6 +158,7 @@ class GatedTransformer(nn.Module):
         """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on
         pairs of texts.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         names, device = [], self.norm.weight.device
         for chunk in (texts[i : i + 64] for i in range(0, len(texts), 64)):
             found = [words(text, self.config.max_length) for text in chunk]
@@ -203,7 +204,7 @@ def words(text, max_length):
     parts = (text,) if isinstance(text, str) else text
     limit = max(1, (max_length - len(parts) + 1) // len(parts))
     found = [WORD.findall(part[: 32 * limit].lower())[:limit] for part in parts]
-    return [w for part in found for w in [SPECIAL[SEP], *part]][1:] or [SPECIAL[UNK]]
+    return [w for part in found for w in [SPECIAL[SEP], *part]][1 : max_length + 1] or [SPECIAL[UNK]]
 
 
 class Examples(NamedTuple):
@@ -298,12 +299,10 @@ def evaluate(model, examples, z, device):
         labels.append(y)
     logits, labels = torch.cat(logits), torch.cat(labels)
     predicted = logits.argmax(1)
-    f1 = []
-    for c in torch.cat([predicted, labels]).unique():
-        hit = ((predicted == c) & (labels == c)).sum()
-        f1.append((2 * hit / ((predicted == c).sum() + (labels == c).sum())).item())
-    accuracy, loss = (predicted == labels).double().mean(), F.cross_entropy(logits, labels)
-    return {"accuracy": accuracy.item(), "macro_f1": sum(f1) / len(f1), "loss": loss.item()}
+    hit, present = predicted == labels, torch.cat([predicted, labels])
+    f1 = [2 * (hit & (labels == c)).sum() / (present == c).sum() for c in present.unique()]
+    scores = {"accuracy": hit.double().mean(), "macro_f1": sum(f1) / len(f1)}
+    return {name: x.item() for name, x in (scores | {"loss": F.cross_entropy(logits, labels)}).items()}
 
 
 @torch.no_grad()

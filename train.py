@@ -12,6 +12,7 @@ bottom.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def parse_args(argv=None):
     add("--n_layer", type=int, default=4, help="layers, >= 1")
     add("--n_head", type=int, default=4, help="attention heads per layer, >= 1")
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
-    add("--dropout", type=float, default=0.1, help="dropout probability, in [0, 1)")
+    add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
     add("--sparsity", type=float, default=0.7, help="prunable weights to remove, in [0, reachable)")
     add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
@@ -75,7 +76,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-3, help="learning rate of the weights, > 0")
     add("--gate_lr", type=float, default=0.05, help="most that a gate moves per step, about, > 0")
     add("--weight_decay", type=float, default=0.01, help="decay of the matrices, never of gates, >= 0")
-    add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, in [0, 1)")
+    add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, 0 to 0.99")
     # run
     add("--seed", type=int, default=0, help="subset, initialisation, order and noise follow it, >= 0")
     add("--resume", action="store_true", help="go on where the interrupted run of the same command stopped")
@@ -96,13 +97,17 @@ def check(args):
     lowest = {"vocab_size": 4, "lr": 1e-9, "gate_lr": 1e-9}
     lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model", "batch_size", "steps", "seeds"], 1)
     lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "checkpoint_every"], 1)
-    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
+    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096, "finetune_steps": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"{name} must be at least {low} and at most {high:g}, not {value}")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
         fail(f"device {args.device} is not available here")
+    if args.baseline and (args.aux_weight == 0 or args.aux == "none"):
+        fail("--baseline compares with a run without transfer, and this is one")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
@@ -186,7 +191,9 @@ def essential(flags):
 
 def setting(args, data):
     """What a checkpoint and the run that continues it must share."""
-    return essential(vars(args)) | {"data": [data.vocab, *(len(e.label) if e else 0 for e in data[:4])]}
+    parts = [e for e in (data.train, data.validation, data.test, data.aux) if e]
+    digests = [hashlib.sha256(array.tobytes()).hexdigest() for e in parts for array in e]
+    return essential(vars(args)) | {"data": [data.vocab, digests]}
 
 
 def read_checkpoint(path, args, data):
@@ -392,13 +399,14 @@ def series(args):
     for seed in range(args.seed, args.seed + args.seeds):
         for weight in [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]:
             folder = os.path.join(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer"))
-            one = argparse.Namespace(**{**vars(args), "seed": seed, "seeds": 1, "baseline": False,
-                                        "aux_weight": weight, "out_dir": folder})
+            changed = {"seed": seed, "seeds": 1, "baseline": False, "aux_weight": weight, "out_dir": folder}
+            one = argparse.Namespace(**{**vars(args), **changed})
             row = next((row for row in rows if essential(row["args"]) == essential(vars(one))), None)
             if row is None:
-                row = train(one)
-                with open(path, "a") as file:
-                    print(json.dumps(row), file=file)
+                rows.append(row := train(one))
+                with open(path + ".tmp", "w") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                os.replace(path + ".tmp", path)
             results.setdefault(weight, []).append(row)
     return results
 
@@ -418,17 +426,20 @@ def main():
     """The command line. Under torchrun every process trains on its share of each batch."""
     try:
         args = parse_args()
-        if "WORLD_SIZE" in os.environ:
+        if dist.is_torchelastic_launched():
+            if args.device.startswith("cuda"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        else:
+        else:  # the first signal stops the loop after its step, a second one stops at once
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: CAUGHT.append(number))
+                signal.signal(number, lambda n, frame: (CAUGHT.append(n), signal.signal(n, signal.SIG_DFL)))
+        check(args)
         if args.seeds > 1 or args.baseline:
             report_series(series(args))
         elif result := train(args):
             report(result)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(stop, file=sys.stderr)

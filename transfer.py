@@ -40,11 +40,12 @@ def couple(g_target, g_aux, coupling):
     """How: combine two gradients, each a list of tensors of the same shapes, into the update direction.
 
     "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
-    is negative, so that the auxiliary task can slow the target down but never turn it back. This is the
-    special case eta = (1, 1, 0), with one basis vector, of Auxiliary Task Update Decomposition (Dery et al.
-    2021); "sum" is eta = (1, 1, 1).
+    is negative: to first order, and before the optimiser rescales it, what is left does not harm the target.
+    One inner product over all tensors, the Lagrangian's part included. This is the one-sided form of the
+    projection of Yu et al. 2020, and the special case eta = (1, 1, 0), with one basis vector, of Auxiliary
+    Task Update Decomposition (Dery et al. 2021); "sum" is eta = (1, 1, 1).
     """
-    if coupling == "project":
+    if coupling == "project" and g_target:
         dot = sum(torch.sum(a * t) for a, t in zip(g_aux, g_target))
         norm = sum(torch.sum(t * t) for t in g_target)
         scale = torch.where(dot < 0, dot / norm.clamp(min=1e-30), 0.0)
@@ -134,11 +135,11 @@ def bad_json_line(path):
     else None.
     """
     inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
-    for file in (f for f in inside or [path] if f.endswith((".jsonl", ".json")) and os.path.isfile(f)):
+    for file in (f for f in inside or [path] if f.endswith(".jsonl") and os.path.isfile(f)):
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    json.loads(line or b"{}")
+                    json.loads(line.strip() or b"{}")
                 except ValueError as error:
                     return f"{file}, line {number}: {error}"
 
@@ -166,19 +167,21 @@ def load_splits(spec):
     return dict(found)
 
 
-def find_columns(split, spec, text_columns, label_column):
+def find_columns(split, spec, text_columns, label_column, strict=True):
     """Names of the text columns and of the label column of a Dataset: as asked for, else found by name and
     type.
 
     Found: label = the column "label", else the only column of whole numbers or classes; text = the column
     "text", else all remaining columns of strings (two at most). Raises InputError if that leaves none or
-    several.
+    several, and, if strict, for names that are not there.
     """
     features, columns = split.features, f"the columns of {spec} are {', '.join(split.column_names)}"
     dtype = {c: getattr(f, "dtype", "nested") for c, f in features.items()}
     missing = [c for c in [*(text_columns or []), label_column] if c and c not in features]
-    if missing:
+    if missing and strict:
         raise InputError(f"no column {missing[0]!r}: {columns}")
+    text_columns = [c for c in text_columns or [] if c not in missing]
+    label_column = None if label_column in missing else label_column
     label = [label_column] if label_column else [c for c in features if c == "label"]
     label = label or [c for c in features if "int" in dtype[c] or dtype[c] == "bool"]
     if len(label) != 1:
@@ -225,30 +228,32 @@ class Data(NamedTuple):
 
 def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("train", "validation", "test")):
     """Load and tokenize a task: ({split: Examples}, label names, notes). word_id grows. Raises InputError."""
-    domain = spec.removeprefix("reviews:")
-    if domain != spec and domain not in NOUNS:
+    built_in, domain = spec.startswith("reviews:"), spec.removeprefix("reviews:")
+    if built_in and domain not in NOUNS:
         raise InputError(f"the built-in tasks are {' and '.join('reviews:' + d for d in NOUNS)}, not {spec}")
     splits, label_id, notes = {}, {}, []
-    found = reviews(domain) if domain != spec else load_splits(spec)
+    found = reviews(domain) if built_in else load_splits(spec)
     for split in wanted:
         key = next((k for k in found if k.startswith(split[:5])), None)  # "valid" finds validation_matched
         if key is None:
             continue
-        pairs = found[key]
-        if domain == spec:
-            pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column))
+        pairs, ids = found[key], dict(label_id)
+        if not built_in:
+            pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column, "test" in wanted))
         try:
-            splits[split] = tokenize(pairs, max_length, word_id, label_id)
+            splits[split] = tokenize(pairs, max_length, word_id, ids)
         except UnicodeDecodeError as error:
             raise InputError(f"cannot read {spec}: {bad_json_line(spec) or error}") from None
         if len(splits[split].label) == 0:
             raise InputError(f"the {key} split of {spec} is empty")
-        if set(splits[split].label) <= {-1, label_id.get("-1")} and split != "train":
+        if set(splits[split].label) <= {-1, ids.get("-1")} and split != "train":
             notes.append(f"the {split} split of {spec} has no labels")
             del splits[split]
-        elif (splits[split].label < 0).any():
-            row = int((splits[split].label < 0).argmax()) + 1
+            continue
+        if (splits[split].label < 0).any():
+            row = splits[split].label.argmin() + 1
             raise InputError(f"example {row} of the {key} split of {spec} has no label")
+        label_id = ids
     if "train" not in splits:
         raise InputError(f"{spec} has no train split, only {', '.join(found)}")
     if "test" in wanted and "test" not in splits and "validation" in splits:
@@ -261,18 +266,16 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
         splits["train"], splits[split] = splits["train"].take(keep), splits["train"].take(~keep)
     if len(set(splits["train"].label)) < 2:
         raise InputError(f"{spec} has a single class, {next(iter(label_id))!r}: nothing to learn")
-    names = sorted(label_id)
-    rank = np.array([names.index(name) for name in label_id])
-    return {s: e._replace(label=rank[e.label]) for s, e in splits.items()}, names, notes
+    rank = np.argsort(np.argsort(list(label_id)))  # place of each label name in alphabetical order
+    return {s: e._replace(label=rank[e.label]) for s, e in splits.items()}, sorted(label_id), notes
 
 
 def limited_subset(label, n, seed):
     """Boolean mask (N,) of n examples: seeded, stratified and nested (the subset of 100 lies inside the
     subset of 200).
 
-    Examples are ranked at random within their class and taken in order of rank / class size: every class
-    comes in proportion to its frequency, within one example, and every class comes once before any comes
-    twice (if n allows).
+    Examples are ranked at random within their class and taken in order of rank / class size: classes come
+    about in proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
     """
     order = np.random.default_rng(seed).permutation(len(label))
     rank = np.empty(len(label))
@@ -292,18 +295,16 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
     examples whose text also occurs in the target's validation or test split are dropped. Raises InputError.
     """
     word_id = {word: i for i, word in enumerate(SPECIAL)}
-    column = (label_column or [None])[0]
-    splits, names, notes = load_task(target, text_columns, column, max_length, word_id)
+    column = label_column or [None]
+    splits, names, notes = load_task(target, text_columns, column[0], max_length, word_id)
     train, labels, second = splits["train"], {"target": names}, None
     if n_target > len(train.label):
         raise InputError(f"n_target {n_target} is larger than the {len(train.label)} examples of {target}")
-    if n_target:
-        train = train.take(limited_subset(train.label, n_target, seed))
+    train = train.take(limited_subset(train.label, n_target, seed)) if n_target else train
     if len(set(train.label)) < 2:
         raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")
     if aux != "none":
-        column = (label_column or [None])[-1]
-        part, names, more = load_task(aux, text_columns, column, max_length, word_id, ("train",))
+        part, names, more = load_task(aux, text_columns, column[-1], max_length, word_id, ("train",))
         second, labels["auxiliary"] = part["train"], names
         held_out = {text for split in ("validation", "test") for text in splits[split].texts()}
         keep = np.fromiter((text not in held_out for text in second.texts()), dtype=bool)
@@ -317,9 +318,8 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
     kept = [i for i in np.argsort(-count, kind="stable")[:vocab_size].tolist() if count[i] > 0]
     new_id = np.full(len(word_id), UNK, dtype=np.int32)
     new_id[kept] = np.arange(len(kept))
-    known = list(word_id)
     parts = [e and e._replace(tokens=new_id[e.tokens]) for e in parts]
-    return Data(*parts, [known[i] for i in kept], labels, notes)
+    return Data(*parts, np.array(list(word_id), dtype=object)[kept].tolist(), labels, notes)
 
 
 def epoch_order(length, batch_size, rng):

@@ -19,7 +19,7 @@ from model import (
     dropout_noise,
     extract,
     interval,
-    project,
+    linear,
     prunable,
     words,
 )
@@ -124,7 +124,7 @@ def test_the_product_and_its_gradients_equal_torchs_linear():
     for shape, width in (((5, 7, 33), 9), ((64, 64), 256), ((1, 3), 1)):
         x, weight = torch.randn(shape, requires_grad=True), torch.randn(width, shape[-1], requires_grad=True)
         grad = torch.randn(*shape[:-1], width)
-        ours, theirs = project(x, weight), F.linear(x, weight)
+        ours, theirs = linear(x, weight), F.linear(x, weight)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs))):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
@@ -213,6 +213,7 @@ def test_words_are_lower_case_limited_and_never_none():
     assert words("a b c d", 2) == ["a", "b"]
     assert words("", 5) == words("  \t", 5) == [SPECIAL[UNK]]
     assert words(("a b c d", "e f g h"), 5) == ["a", "b", SPECIAL[SEP], "e", "f"]
+    assert words(("a b", "c d"), 1) == ["a"] and len(words(("a b", "c d"), 2)) == 2
     assert words("<pad>", 5) == ["<", "pad", ">"]
     assert len(words("x " * 10_000_000, 64)) == 64
 

@@ -194,6 +194,22 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path, m
     assert saved["step"] == 120 and all(p.isfinite().all() for p in saved["model"].values())
 
 
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
+    """Two labels swapped are other data, though the words and the numbers of examples are the same."""
+    rows = sentences(20)
+    write(tmp_path / "task", "train.jsonl", rows)
+    real = loop.task_loss
+    monkeypatch.setattr(loop, "task_loss", lambda *a: real(*a) * (float("nan") if a[5] == 30 else 1))
+    flags = ["--target", tmp_path / "task", "--aux", "none", "--n_target", 0, "--out_dir", tmp_path / "out"]
+    flags = [*TINY, *flags, "--steps", 40, "--checkpoint_every", 20]
+    assert run_main(*flags)[0] == 2 and (tmp_path / "out" / "checkpoint.pt").exists()
+    monkeypatch.undo()
+    rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
+    write(tmp_path / "task", "train.jsonl", rows)
+    code, error = run_main(*flags, "--resume")
+    assert code == 2 and "another data:" in error
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     """The disk fills up while the third checkpoint is written."""
     real, calls = os.fsync, []

@@ -117,6 +117,12 @@ def test_what_is_transferred_decides_which_gradients_change():
                 assert torch.equal(alone[name], helped[name]) != weights_change
 
 
+def test_a_run_that_transfers_to_the_gates_alone_projects_without_gates_too(tmp_path):
+    """In the dense and in the fine-tuning phase nothing is shared; the run ends all the same."""
+    result = run(tmp_path, "--transfer", "gates", "--coupling", "project", "--transfer_start", 0)
+    assert result["delivered_sparsity"] >= 0.5
+
+
 def test_the_update_is_the_coupling_of_the_two_separate_gradients():
     """Against autograd on each loss alone."""
     model, gates, data, args = setting("--coupling", "project")
@@ -378,7 +384,7 @@ BAD = [
     (["--sparsity", "-0.1"], "sparsity"),
     (["--sparsity", "nan"], "sparsity"),
     (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"),
-    (["--steps", "100"], "more than all steps"),
+    (["--steps", "1500"], "more than all steps"),
     (["--gate_lr", "0.001"], "pruning needs"),
     (["--aux_weight", "-1"], "aux_weight"),
     (["--lr", "0"], "lr"),
@@ -393,6 +399,10 @@ BAD = [
     (["--target", "reviews:book"], "reviews:restaurant"),
     (["--target", "./none"], "no such file"),
     (["--device", "tpu"], "device"),
+    (["--device", "cuda:99"], "device"),
+    (["--aux_weight", "0", "--baseline"], "this is one"),
+    (["--n_layer", "1", "--n_head", "1", "--sparsity", "0.7"], "single head"),
+    (["--sparsity", "0", "--steps", "20"], "finetune_steps"),
     (["--batch_size", "0"], "batch_size"),
     (["--prune_ramp", "0"], "prune_ramp"),
     (["--vocab_size", "1"], "vocab_size"),

@@ -85,6 +85,26 @@ def test_projection_never_points_against_the_target_and_equals_the_sum_when_they
     torch.testing.assert_close(flat(couple(g_target, g_aux, "sum")), flat(g_target) + flat(g_aux))
 
 
+def test_coupling_nothing_is_nothing():
+    """With --transfer gates nothing is shared outside the pruning phase."""
+    assert couple([], [], "project") == couple([], [], "sum") == []
+
+
+def test_the_auxiliary_task_may_have_other_columns_than_the_target(tmp_path):
+    """Names given for the target are used for the auxiliary task only if it has them."""
+    write(tmp_path / "t", "train.jsonl", [{"a": f"w{i}", "b": "x", "kind": i % 2} for i in range(30)])
+    aux = small_task(tmp_path / "a", train=20)
+    data = prepare(str(tmp_path / "t"), aux, 0, 64, 1000, ["a"], ["kind"])
+    assert data.labels == {"target": ["0", "1"], "auxiliary": ["no", "yes"]} and len(data.aux.label) == 20
+
+
+def test_a_test_split_of_minus_ones_adds_no_class(tmp_path):
+    write(tmp_path, "train.jsonl", sentences(30, label=lambda i: i % 2))
+    write(tmp_path, "test.jsonl", sentences(5, 50, label=lambda i: -1))
+    splits, names, notes = load(tmp_path)
+    assert names == ["0", "1"] and any("no labels" in note for note in notes)
+
+
 def test_projection_without_a_target_gradient_is_the_auxiliary_gradient():
     zero, g_aux = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 3.0])]
     assert couple(zero, g_aux, "project")[0].tolist() == [1, -2, 3]
