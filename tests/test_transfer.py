@@ -352,7 +352,7 @@ def test_an_unreadable_json_line_is_named_by_its_number(tmp_path, line, reason):
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}] * 9, "single class, 'x'"),
         ([{"label": "x"}, {"label": "y"}], "--text_columns"),
         ([{"text": "a"}, {"text": "b"}], "--label_column"),
-        ([], "empty or unreadable"),
+        ([], "cannot load|empty"),
     ],
 )
 def test_unusable_rows_are_refused_with_the_reason(tmp_path, rows, reason):
