@@ -96,6 +96,7 @@ def run(part=0, parts=1):
     for name, setting, flags, seed in [job for job in jobs if (job[1], job[3]) not in have][part::parts]:
         with tempfile.TemporaryDirectory() as folder:
             result = loop.train(loop.parse_args([*flags.split(), "--seed", str(seed), "--out_dir", folder]))
+        del result["args"]["out_dir"]
         with open(RESULTS / f"{name}.jsonl", "a") as file:
             print(json.dumps({"setting": setting, "flags": flags.strip(), **result}), file=file)
 

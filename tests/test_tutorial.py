@@ -15,8 +15,17 @@ def test_the_notebook_runs_without_an_error_in_under_ten_minutes(tmp_path):
     import nbclient
     import nbformat
 
-    for name in ("masks.py", "model.py", "transfer.py", "train.py", "tutorial.ipynb", "tests"):  # it writes to out/
-        os.symlink(ROOT / name, tmp_path / name) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, tmp_path)
+    for name in (
+        "masks.py",
+        "model.py",
+        "transfer.py",
+        "train.py",
+        "tutorial.ipynb",
+        "tests",
+    ):  # it writes to out/
+        os.symlink(ROOT / name, tmp_path / name) if (ROOT / name).is_dir() else shutil.copy(
+            ROOT / name, tmp_path
+        )
     notebook = nbformat.read(tmp_path / "tutorial.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     assert all(cell.outputs or not cell.source for cell in notebook.cells if "plt." in cell.source[-200:])
