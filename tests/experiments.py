@@ -171,17 +171,14 @@ def built_in(settings, baseline="none"):
 
 
 def amounts(settings):
-    """Accuracy without and with transfer, and the paired gain, for (title, name without, name with) triples."""
-    lines = [
-        [
-            title,
-            *(shown(column("built_in", s).values()) for s in (alone, helped)),
-            gain("built_in", helped, alone),
-        ]
-        for title, alone, helped in settings
-        if column("built_in", alone) and column("built_in", helped)
-    ]
-    return table(["", "no transfer, %", "transfer, %", "paired gain, points"], lines)
+    """Accuracy without and with transfer and the paired gain, for (title, name without, name with) triples."""
+    lines = []
+    for title, alone, helped in settings:
+        n = len(column("built_in", alone).keys() & column("built_in", helped).keys())
+        if n > 1:
+            values = [shown(column("built_in", name).values()) for name in (alone, helped)]
+            lines.append([title, *values, gain("built_in", helped, alone), n])
+    return table(["", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
 
 
 def real():
