@@ -1,8 +1,8 @@
 """Speed, measured side by side in one process: python tests/benchmark.py [section numbers]
 
-Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Sections: 1 training
-step, 2 cost of the gates, 3 extracted network, 4 share of the machine's peak, 5 the first command, 6 how cost grows.
-"""
+Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Sections:
+1 training step, 2 cost of the gates, 3 extracted network, 4 share of the machine's peak, 5 the first command,
+6 how cost grows. """
 
 import os
 import statistics
@@ -184,7 +184,8 @@ def extracted_network():
                 slow, fast = latency_ms(
                     [dense, small], ids, 200 if batch == 1 else 30 if shape[0] < 256 else 15
                 )
-                row += f" | batch {batch:2d}: {slow:7.2f} -> {fast:6.2f} ms, {slow / fast:5.2f}x ({slow / fast / ratio:.2f} of it)"
+                gain = slow / fast
+                row += f" | batch {batch:2d}: {slow:7.2f} -> {fast:6.2f} ms, {gain:5.2f}x ({gain / ratio:.2f} of it)"
             print(row)
 
 
@@ -206,16 +207,19 @@ def share_of_peak():
             *(2 * 2048**3 / ms[name] / 1e6 for name in ("torch", "onednn")),
         )
         print(
-            f"   {shape}: step {step:.0f} = {step / peaks[0]:.2f} of {peaks[0]:.0f} = {step / peaks[1]:.2f} of {peaks[1]:.0f}"
+            f"   {shape}: step {step:.0f}, {step / peaks[0]:.2f} of {peaks[0]:.0f}, "
+            f"{step / peaks[1]:.2f} of {peaks[1]:.0f}"
         )
 
 
-PEAK = r"int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) / 1024"  # MB, of this process (Linux)
+# MB that this process has needed at most (Linux)
+PEAK = r"int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) / 1024"
 
 
 def run(*flags):
     """Seconds and peak MB of the command line, in a process of its own."""
-    code = f"import re, runpy, sys; sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__'); print({PEAK})"
+    code = "import re, runpy, sys; sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    code += f"; print({PEAK})"
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *flags], check=True, capture_output=True, text=True, cwd=ROOT

@@ -83,7 +83,8 @@ def rows(name):
 
 
 def run(part=0, parts=1):
-    """Run what is missing; built-in and real settings take turns, so that an interrupted series has some of both."""
+    """Run what is missing; built-in and real settings take turns, so that an interrupted series has some of
+    both."""
     built_in, real = (
         [(name, setting, flags, seed) for setting, flags in settings.items() for seed in SEEDS]
         for name, settings in (("built_in", BUILT_IN), ("real", REAL))
@@ -102,7 +103,8 @@ def run(part=0, parts=1):
 
 
 def yardstick():
-    """Accuracy and macro-F1 of TF-IDF (words and pairs) with logistic regression, C = 10, on the same subsets."""
+    """Accuracy and macro-F1 of TF-IDF (words and pairs) with logistic regression, C = 10, on the same
+    subsets."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
@@ -171,7 +173,8 @@ def built_in(settings, baseline="none"):
 
 
 def amounts(settings):
-    """Accuracy without and with transfer and the paired gain, for (title, name without, name with) triples."""
+    """Accuracy without and with transfer and the paired gain, for (title, name without, name with)
+    triples."""
     lines = []
     for title, alone, helped in settings:
         n = len(column("built_in", alone).keys() & column("built_in", helped).keys())

@@ -232,7 +232,8 @@ def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
 
 
 def test_interval_is_the_t_interval():
-    """Against the textbook: 1 to 5 have mean 3 and deviation sqrt(2.5); the 0.975 quantile of t with 4 df is 2.776."""
+    """Against the textbook: 1 to 5 have mean 3 and deviation sqrt(2.5); the 0.975 quantile of t with 4 df is
+    2.776."""
     mean, deviation, half = interval([1, 2, 3, 4, 5])
     assert (mean, deviation) == (3, pytest.approx(2.5**0.5))
     assert half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=1e-3)

@@ -1,4 +1,5 @@
-"""Claims about everything that can go wrong: kills, hostile input, full disks, several processes (train.py)."""
+"""Claims about everything that can go wrong: kills, hostile input, full disks, several processes
+(train.py)."""
 
 import contextlib
 import csv
@@ -103,7 +104,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_in_every_phase_and_resumed_ends_as_if_it_had_not_been(tmp_path, undisturbed, seed):
-    """SIGKILL before the first checkpoint, then at a random moment of the dense, pruning and fine-tuning phases."""
+    """SIGKILL before the first checkpoint, then at a random moment of the dense, pruning and fine-tuning
+    phases."""
     rng, steps = random.Random(seed), []
     moments = [0] * (seed == 0) + [rng.randrange(0, 150), rng.randrange(150, 400), rng.randrange(400, 560)]
     for moment in moments:
@@ -453,8 +455,9 @@ def test_the_same_command_gives_the_same_bits(tmp_path, undisturbed):
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
-    """Half of every batch each, noise tied to the example: parameters agree to 1e-5 after 40 steps of all three phases,
-    in which gates are sampled and cut. (After many more steps rounding grows, as between any two orders of summation.)"""
+    """Half of every batch each, noise tied to the example: parameters agree to 1e-5 after 40 steps of all
+    three phases, in which gates are sampled and cut. (After many more steps rounding grows, as between any
+    two orders of summation.)"""
     flags = [
         "--steps",
         "40",

@@ -263,7 +263,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
 
 
 def test_the_network_kept_is_the_best_on_validation_of_the_fine_tuning_phase(tmp_path, monkeypatch):
-    """Whatever the larger network scored before; the file on disk has the validation accuracy that is reported."""
+    """Whatever the larger network scored before; the file on disk has the validation accuracy that is
+    reported."""
     monkeypatch.setattr(loop, "EVAL_EVERY", 2)
     result = run(tmp_path, "--lr", 0.01, "--n_target", 500)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -275,7 +276,8 @@ def test_the_network_kept_is_the_best_on_validation_of_the_fine_tuning_phase(tmp
 
 
 def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp_path, monkeypatch, capsys):
-    """Two seeds with and without transfer are four runs; after losing two rows, exactly these two are run again."""
+    """Two seeds with and without transfer are four runs; after losing two rows, exactly these two are run
+    again."""
     calls, real = [], loop.train
     monkeypatch.setattr(loop, "train", lambda args: calls.append((args.seed, args.aux_weight)) or real(args))
     flags = [

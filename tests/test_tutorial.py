@@ -1,4 +1,5 @@
-"""The course notebook runs from top to bottom in a new kernel. Run apart: python -m pytest tests/test_tutorial.py --notebook"""
+"""The course notebook runs from top to bottom in a new kernel. Run apart: python -m pytest
+tests/test_tutorial.py --notebook"""
 
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def test_the_notebook_runs_without_an_error_in_under_ten_minutes(tmp_path):
 
 
 def test_the_notebook_is_small_its_code_short_and_its_outputs_are_there():
-    """Under 1.5 MB, code cells of at most 25 lines, ten or fewer in the median, every one of them executed."""
+    """Under 1.5 MB, code cells of at most 25 lines, ten or fewer in the median, every one of them
+    executed."""
     import json
     import statistics
 
