@@ -102,7 +102,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_run_killed_in_every_phase_and_resumed_ends_as_if_it_had_not_been(tmp_path, undisturbed, seed):
     """SIGKILL before the first checkpoint, then at a random moment of the dense, pruning and fine-tuning
     phases."""
@@ -297,7 +297,6 @@ NAMES = [
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=2))
 def test_150_random_flags_end_in_a_run_or_in_one_line(flags):
-    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         words = [word for name, value in flags for word in (f"--{name}", value)]
         assert ends_well(*run_main(*TINY, "--out_dir", f"{folder}/out", *words), Path(folder) / "out")
@@ -438,11 +437,13 @@ def test_nothing_phones_home(tmp_path):
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
     )
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     for flags in ([], ["--target", local, "--aux", local, "--n_target", "0"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *TINY, *flags, "--out_dir", tmp_path / "out"],
             capture_output=True,
             text=True,
+            env=online,
         )
         assert done.returncode == 0, done.stderr
 
