@@ -29,7 +29,8 @@ def test_the_notebook_runs_without_an_error_in_under_ten_minutes(tmp_path):
         )
     notebook = nbformat.read(tmp_path / "tutorial.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
-    assert all(cell.outputs or not cell.source for cell in notebook.cells if "plt." in cell.source[-200:])
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 12  # every section has its picture
 
 
 def test_the_notebook_is_small_its_code_short_and_its_outputs_are_there():
