@@ -10,12 +10,10 @@ attention.
 Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head
 size. """
 
-import ctypes
 import io
 import os
 import re
 import statistics
-import sys
 import time
 from array import array
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +49,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return onednn(grad, weight.t()), grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        g, y = grad.flatten(0, -2).t(), x.flatten(0, -2).t()  # (O, N), (I, N), N tokens
+        by_weight = onednn(y, g).t() if len(g) >= len(y) else onednn(g, y)  # faster: smaller one first
+        return onednn(grad, weight.t()), by_weight
 
 
 def linear(x, weight):
@@ -323,13 +323,3 @@ def interval(values):
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 degrees of freedom a little too wide
     return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5
-
-
-def keep_freed_memory():
-    """Tell glibc not to hand freed memory back to the system: fetching it again for every tensor costs a
-    quarter of a step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

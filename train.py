@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from masks import (Z, Gates, lagrangian, lr_at, phase_at, select, sparsity, sparsity_at, unit_sizes,
                    why_unreachable)
-from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, keep_freed_memory,
-                   latency_ms, prunable, write)
+from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms,
+                   prunable, write)
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
@@ -258,7 +258,6 @@ def train(args):
     began, out = time.time(), lambda name: os.path.join(args.out_dir, name)
     sizes = unit_sizes(args.d_model, args.n_head)
     check(args)
-    keep_freed_memory()
     data = load(args)
     os.makedirs(args.out_dir, exist_ok=True)
     open(out("history.jsonl"), "a").close()  # better to fail now than at the first evaluation
@@ -412,14 +411,22 @@ def series(args):
 
 
 def report_series(results):
-    """Print mean, standard deviation and 95 % interval of each setting, and of the paired difference."""
-    lines = {f"aux_weight {w:g}: accuracy": [r["test_accuracy"] for r in rows] for w, rows in results.items()}
-    if len(lines) == 2:
-        lines["transfer: difference paired by seed"] = [a - b for a, b in zip(*lines.values())]
-    for name, values in lines.items():
-        mean, deviation, half = interval([100 * value for value in values])
-        print(f"{name} {mean:.1f} points, standard deviation {deviation:.1f}, "
-              f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+    """Print mean, deviation and 95 % interval of each setting and of the difference paired by seed, and the
+    choice that validation data make: with transfer if its interval lies above 0, and the best network then.
+    """
+    chosen = list(results)[0]
+    for split in ("validation", "test"):
+        lines = {f"aux_weight {w:g}": [100 * row[f"{split}_accuracy"] for row in results[w]] for w in results}
+        if len(lines) == 2:
+            lines["gain, paired by seed"] = [a - b for a, b in zip(*lines.values())]
+        for name, values in lines.items():
+            mean, deviation, half = interval(values)
+            print(f"{split:10}  {name:20}  {mean:5.1f} points, standard deviation {deviation:.1f}, "
+                  f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+        if split == "validation" and len(results) == 2 and not mean > half:
+            chosen = 0.0
+    best = max(results[chosen], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
+    print(f"validation speaks for aux_weight {chosen:g}; its best network is {best}/pruned.pt")
 
 
 def main():

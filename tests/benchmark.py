@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import train as loop
 from masks import Gates, Z, lagrangian, select, sparsity, unit_sizes
-from model import Config, Examples, GatedTransformer, extract, keep_freed_memory, latency_ms, onednn, prunable
+from model import Config, Examples, GatedTransformer, extract, latency_ms, onednn, prunable
 from transfer import batch_order
 
 SHAPES = [(64, 4, 12), (128, 4, 64), (256, 6, 128)]  # d_model, n_layer, tokens; the first is the default
@@ -185,7 +185,8 @@ def extracted_network():
                     [dense, small], ids, 200 if batch == 1 else 30 if shape[0] < 256 else 15
                 )
                 gain = slow / fast
-                row += f" | batch {batch:2d}: {slow:7.2f} -> {fast:6.2f} ms, {gain:5.2f}x ({gain / ratio:.2f} of it)"
+                row += f" | batch {batch:2d}: {slow:7.2f} -> {fast:6.2f} ms, "
+                row += f"{gain:5.2f}x ({gain / ratio:.2f} of it)"
             print(row)
 
 
@@ -253,14 +254,16 @@ def growth():
             with open(f"{folder}/train.jsonl", "w") as file:
                 for i in range(n):
                     file.write(
-                        f'{{"text": "the number {i % 5000} is word w{i % 7919} of {i % 13}", "label": {i % 2}}}\n'
+                        f'{{"text": "the number {i % 5000} is w{i % 7919} of {i % 13}", "label": {i % 2}}}\n'
                     )
             code = f"""
 import re, sys, time; sys.path.insert(0, {str(ROOT)!r}); import datasets, transfer
 start, before = time.time(), {PEAK}
 data = transfer.prepare({folder!r}, "none", 0, 64, 10000)
-ids = sum(e.tokens.nbytes + e.start.nbytes + e.label.nbytes for e in (data.train, data.validation, data.test)) / 2**20
-print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, more memory at the peak, MB:", round({PEAK} - before))"""
+splits = data.train, data.validation, data.test
+ids = sum(array.nbytes for examples in splits for array in examples) / 2**20
+seconds, more = time.time() - start, round({PEAK} - before)
+print(f"{{seconds:.1f}} s, {{ids:.1f}} MB of ids, more memory at the peak, MB:", more)"""
             environment = {**os.environ, "HF_DATASETS_CACHE": folder}
             done = subprocess.run(
                 [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
@@ -269,7 +272,6 @@ print(f"{{time.time() - start:.1f}} s, {{ids:.1f}} MB of ids, more memory at the
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     sections = [training_step, cost_of_gates, extracted_network, share_of_peak, first_command, growth]
     for number in map(int, sys.argv[1:] or range(1, 7)):

@@ -1,7 +1,7 @@
 """The experiments behind the tables of the README.
 
     python tests/experiments.py run           # every run whose row is missing, in this process
-    python tests/experiments.py run 0 2       # the even half of them; "run 1 2" in a second shell does the rest
+    python tests/experiments.py run 0 2       # one half of them; "run 1 2" in a second shell: the other
     python tests/experiments.py yardstick     # TF-IDF with logistic regression (needs scikit-learn)
     python tests/experiments.py tables        # write the tables into the README, from tests/results/*.jsonl
 

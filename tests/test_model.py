@@ -223,7 +223,8 @@ def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
     small = extract(network(), CASES["some heads"])
     small.save(tmp_path / "pruned.pt")
     asked = ["w1 w2 w3", "w4 unheard-of w5", ("w6", "w7 w8"), "", "w9 " * 99]
-    code = f"from model import GatedTransformer; print(GatedTransformer.load({str(tmp_path / 'pruned.pt')!r}).predict({asked!r}))"
+    loaded = f"GatedTransformer.load({str(tmp_path / 'pruned.pt')!r})"
+    code = f"from model import GatedTransformer; print({loaded}.predict({asked!r}))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert answer.strip() == str(small.predict(asked))
     assert (

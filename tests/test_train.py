@@ -18,24 +18,10 @@ from transfer import InputError, batch_order, couple, prepare
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
-SHORT = [
-    "--steps",
-    "60",
-    "--prune_start",
-    "10",
-    "--prune_ramp",
-    "20",
-    "--finetune_steps",
-    "20",
-    "--gate_lr",
-    "1",
-    "--n_layer",
-    "2",
-    "--d_model",
-    "16",
-    "--sparsity",
-    "0.5",
-]
+SHORT = (
+    "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 "
+    "--d_model 16 --sparsity 0.5"
+).split()
 
 
 def run(tmp_path, *flags):
@@ -280,18 +266,7 @@ def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp
     again."""
     calls, real = [], loop.train
     monkeypatch.setattr(loop, "train", lambda args: calls.append((args.seed, args.aux_weight)) or real(args))
-    flags = [
-        *SHORT,
-        "--seeds",
-        "2",
-        "--seed",
-        "3",
-        "--baseline",
-        "--transfer_start",
-        "0",
-        "--out_dir",
-        str(tmp_path),
-    ]
+    flags = [*SHORT, *"--seeds 2 --seed 3 --baseline --transfer_start 0 --out_dir".split(), str(tmp_path)]
     first = loop.series(loop.parse_args(flags))
     assert calls == [(3, 0.5), (3, 0.0), (4, 0.5), (4, 0.0)]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -305,10 +280,29 @@ def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp
     assert calls == [(4, 0.5), (4, 0.0)]
     scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
     assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
-    capsys.readouterr()
-    loop.report_series(again)
-    mean = np.mean(np.subtract(scores[0.5], scores[0.0]))
-    assert f"difference paired by seed {mean:.1f} points" in capsys.readouterr().out
+
+
+def series_rows(validation, test):
+    """What series returns for one setting: a row a seed, with the accuracies given."""
+    return [
+        {"validation_accuracy": v, "test_accuracy": t, "args": {"out_dir": f"out/seed{i}"}}
+        for i, (v, t) in enumerate(zip(validation, test))
+    ]
+
+
+@pytest.mark.parametrize(
+    "validation, chosen",
+    [((0.7, 0.9, 0.8), "aux_weight 0.5; its best network is out/seed1/"), ((0.6, 0.4, 0.7), "aux_weight 0;")],
+)
+def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsys, validation, chosen):
+    """The interval of three differences by hand, and a choice that test accuracies cannot move."""
+    test = (0.9, 0.8, 0.85)
+    without = series_rows((0.5, 0.6, 0.55), (0.6, 0.6, 0.6))
+    loop.report_series({0.5: series_rows(validation, test), 0.0: without})
+    printed = capsys.readouterr().out
+    half = 4.303 * 5 / 3**0.5  # t(0.975, 2) times the standard deviation of 30, 20 and 25 by the root of n
+    assert f"25.0 points, standard deviation 5.0, 95 % interval [{25 - half:.1f}, {25 + half:.1f}]" in printed
+    assert f"validation speaks for {chosen}" in printed
 
 
 def test_a_random_structure_has_the_same_budget_and_trains_no_gates(tmp_path):
