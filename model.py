@@ -100,8 +100,10 @@ class Block(nn.Module):
         out = self.out.weight if z is None else self.out.weight * z  # (C, H D)
         return linear(y.transpose(1, 2).reshape(B, T, -1), out)  # (B, T, C)
 
-    def feed_forward(self, x):
-        return linear(F.relu(linear(self.ffn_norm(x), self.up.weight)), self.down.weight)  # (B, T, C)
+    def feed_forward(self, x, z):
+        """x: (B, T, C), z: () gate or None; it multiplies the output, which is again done in the matrix."""
+        down = self.down.weight if z is None else self.down.weight * z  # (C, 4 C)
+        return linear(F.relu(linear(self.ffn_norm(x), self.up.weight)), down)  # (B, T, C)
 
 
 def add(x, y, scale):
@@ -139,17 +141,17 @@ class GatedTransformer(nn.Module):
         real = ids != PAD  # (B, T)
         attn_mask = None if bool(real.all()) else real.view(B, 1, 1, T)
         x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
-        L, head = len(self.blocks), [None] * len(self.blocks)
+        L = len(self.blocks)
+        head = ffn = [None] * L
         if z is not None:
             head, ffn = z.head.repeat_interleave(self.config.d_head, dim=1).unbind(), z.ffn.unbind()
-            drop = x.new_ones(1, 2 * L + 1, 1) if drop is None else drop
         drop = [None] * (2 * L + 1) if drop is None else drop.unsqueeze(2).unbind(1)  # each (B, 1, C)
         x = x if drop[-1] is None else x * drop[-1]
         for i, block in enumerate(self.blocks):
             if block.n_head:
                 x = add(x, block.attention(x, attn_mask, head[i]), drop[2 * i])
             if block.has_ffn:
-                x = add(x, block.feed_forward(x), drop[2 * i + 1] if z is None else drop[2 * i + 1] * ffn[i])
+                x = add(x, block.feed_forward(x, ffn[i]), drop[2 * i + 1])
         weight = real.to(x) / real.sum(1, keepdim=True)  # (B, T), for the mean over words
         return self.classifier[task]((weight.unsqueeze(1) @ self.norm(x)).squeeze(1))
 

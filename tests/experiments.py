@@ -23,11 +23,13 @@ from model import interval
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = range(5)
 DATA = "../shared/data/"
+YARDSTICK = "TF-IDF + logistic regression"
 
 BUILT_IN = {  # name -> flags; defaults are not repeated
     "none": "--aux_weight 0",
     "from 1000 on": "",
     "always": "--transfer_start 0",
+    "until fine-tuning": "--transfer_start 0 --transfer_stop 2200",
     "always, project": "--transfer_start 0 --coupling project",
     "before pruning": "--transfer_start 0 --transfer_stop 500",
     "while pruning": "--transfer_start 500 --transfer_stop 2200",
@@ -37,43 +39,37 @@ BUILT_IN = {  # name -> flags; defaults are not repeated
     "weights": "--transfer_start 0 --transfer weights",
     "shuffled": "--transfer_start 0 --aux_shuffle",
     "shuffled, project": "--transfer_start 0 --aux_shuffle --coupling project",
-}
-for sparsity, what in ((0.7, "pruned"), (0, "unpruned")):
-    for n in (50, 100, 500, 2000):
-        BUILT_IN[f"{n} labels, {what}, none"] = f"--n_target {n} --sparsity {sparsity} --aux_weight 0"
-        BUILT_IN[f"{n} labels, {what}, always"] = f"--n_target {n} --sparsity {sparsity} --transfer_start 0"
-BUILT_IN |= {
     "aux_weight 0.1": "--transfer_start 0 --aux_weight 0.1",
     "aux_weight 1": "--transfer_start 0 --aux_weight 1",
     "aux_weight 3": "--transfer_start 0 --aux_weight 3",
-    "unpruned, none": "--sparsity 0 --aux_weight 0",
-    "unpruned, always": "--sparsity 0 --transfer_start 0",
-    "random structure, none": "--structure random --aux_weight 0",
-    "random structure, always": "--structure random --transfer_start 0",
-    "small dense, none": "--sparsity 0 --n_layer 1 --d_model 68 --aux_weight 0",
-    "small dense, always": "--sparsity 0 --n_layer 1 --d_model 68 --transfer_start 0",
 }
-for sparsity in (0.5, 0.8, 0.9):
-    BUILT_IN[f"sparsity {sparsity}, none"] = f"--sparsity {sparsity} --aux_weight 0"
-    BUILT_IN[f"sparsity {sparsity}, always"] = f"--sparsity {sparsity} --transfer_start 0"
+CHANGES = {f"{n} labels, pruned": f"--n_target {n}" for n in (50, 100, 500, 2000)}
+CHANGES |= {
+    "sparsity 0.5": "--sparsity 0.5",
+    "sparsity 0.8": "--sparsity 0.8",
+    "sparsity 0.9": "--sparsity 0.9",
+    "random structure": "--structure random",
+    "small dense": "--sparsity 0 --n_layer 1 --d_model 68",
+    "unpruned": "--sparsity 0",
+}
+CHANGES |= {f"{n} labels, unpruned": f"--n_target {n} --sparsity 0" for n in (50, 100, 500, 2000)}
+for name, flags in CHANGES.items():
+    BUILT_IN[f"{name}, none"] = f"{flags} --aux_weight 0"
+    BUILT_IN[f"{name}, always"] = f"{flags} --transfer_start 0"
 
-PAIRS = {
-    "sst2": ("sst5", 200),
-    "trec_coarse": ("trec_fine", 200),
-    "sst5": ("sst2", 400),
-    "trec_fine": ("trec_coarse", 400),
-    "acl_arc": ("scicite", 0),
-}
-RECIPES = {
-    "none": "--aux_weight 0",
-    "always": "--transfer_start 0",
-    "until fine-tuning": "--transfer_start 0 --transfer_stop 2200",
-    "always, project": "--transfer_start 0 --coupling project",
-}
-REAL = {
-    f"{target} <- {aux}: {name}": f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n} {flags}"
-    for name, flags in RECIPES.items()
-    for target, (aux, n) in PAIRS.items()
+PAIRS = [  # target, auxiliary task, labels of the target; the last pair is unrelated, to see the harm
+    ("sst2", "sst5", 200),
+    ("trec_coarse", "trec_fine", 200),
+    ("sst5", "sst2", 400),
+    ("trec_fine", "trec_coarse", 400),
+    ("acl_arc", "scicite", 0),
+    ("trec_fine", "sst2", 400),
+]
+RECIPES = {recipe: BUILT_IN[recipe] for recipe in ("none", "always", "until fine-tuning")}
+REAL = {  # setting -> flags
+    f"{target} <- {aux}: {recipe}": f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n} {flags}"
+    for recipe, flags in RECIPES.items()
+    for target, aux, n in PAIRS
 }
 
 
@@ -82,29 +78,27 @@ def rows(name):
     return [json.loads(line) for line in open(path)] if path.exists() else []
 
 
+def append(name, row):
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
+        print(json.dumps(row), file=file)
+
+
 def run(part=0, parts=1):
-    """Run what is missing; built-in and real settings take turns, so that an interrupted series has some of
-    both."""
-    built_in, real = (
-        [(name, setting, flags, seed) for setting, flags in settings.items() for seed in SEEDS]
-        for name, settings in (("built_in", BUILT_IN), ("real", REAL))
-    )
-    jobs = []
-    while built_in or real:
-        jobs += built_in[:2] + real[:1]
-        built_in, real = built_in[2:], real[1:]
-    have = {(row["setting"], row["seed"]) for name in ("built_in", "real") for row in rows(name)}
+    """Run what is missing, real settings first."""
+    have = {(row["setting"], row["seed"]) for row in rows("built_in") + rows("real")}
+    jobs = [("real", *item, seed) for seed in SEEDS for item in REAL.items()]
+    jobs += [("built_in", *item, seed) for item in BUILT_IN.items() for seed in SEEDS]
     for name, setting, flags, seed in [job for job in jobs if (job[1], job[3]) not in have][part::parts]:
         with tempfile.TemporaryDirectory() as folder:
             result = loop.train(loop.parse_args([*flags.split(), "--seed", str(seed), "--out_dir", folder]))
         del result["args"]["out_dir"]
-        with open(RESULTS / f"{name}.jsonl", "a") as file:
-            print(json.dumps({"setting": setting, "flags": flags.strip(), **result}), file=file)
+        append(name, {"setting": setting, "flags": flags, **result})
 
 
 def yardstick():
-    """Accuracy and macro-F1 of TF-IDF (words and pairs) with logistic regression, C = 10, on the same
-    subsets."""
+    """Accuracy and macro-F1 of TF-IDF (words and pairs of words) with logistic regression, on the same
+    subsets.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
@@ -113,21 +107,18 @@ def yardstick():
         bounds = zip(examples.start[:-1], examples.start[1:])
         return [" ".join(data.vocab[t] for t in examples.tokens[a:b]) for a, b in bounds]
 
-    with open(RESULTS / "yardstick.jsonl", "w") as file:
-        for target, (_, n) in PAIRS.items():
-            for seed in SEEDS:
-                data = loop.prepare(DATA + target, "none", n, 64, 10**6, seed=seed)
-                vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
-                x = vectorizer.fit_transform(texts(data, data.train))
-                fitted = LogisticRegression(C=10, max_iter=1000).fit(x, data.train.label)
-                predicted = fitted.predict(vectorizer.transform(texts(data, data.test)))
-                row = {
-                    "setting": target,
-                    "seed": seed,
-                    "test_accuracy": float((predicted == data.test.label).mean()),
-                }
-                row["test_macro_f1"] = f1_score(data.test.label, predicted, average="macro")
-                print(json.dumps(row), file=file)
+    (RESULTS / "yardstick.jsonl").unlink(missing_ok=True)
+    for target, n in {target: n for target, _, n in PAIRS}.items():
+        for seed in SEEDS:
+            data = loop.prepare(DATA + target, "none", n, 64, 10**6, seed=seed)
+            vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
+            x = vectorizer.fit_transform(texts(data, data.train))
+            fitted = LogisticRegression(C=10, max_iter=1000).fit(x, data.train.label)
+            predicted = fitted.predict(vectorizer.transform(texts(data, data.test)))
+            f1 = f1_score(data.test.label, predicted, average="macro")
+            accuracy = float((predicted == data.test.label).mean())
+            row = {"setting": target, "seed": seed, "test_accuracy": accuracy, "test_macro_f1": f1}
+            append("yardstick", row)
 
 
 # ----------------------------------------------------------------------------- tables
@@ -138,160 +129,101 @@ def column(name, setting, key="test_accuracy"):
     return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
 
 
-def shown(values, signed=False):
+def difference(name, setting, baseline, key="test_accuracy"):
+    """Differences to the baseline, paired by seed."""
+    a, b = column(name, setting, key), column(name, baseline, key)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def shown(values, form=".1f"):
     """Mean and 95 % interval as text; a dash if fewer than two runs are there."""
     if len(values) < 2:
         return "-"
     mean, _, half = interval(list(values))
-    form = "+.1f" if signed else ".1f"
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
-def gain(name, setting, baseline, key="test_accuracy"):
-    """Difference to the baseline, paired by seed."""
-    a, b = column(name, setting, key), column(name, baseline, key)
-    return shown([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], signed=True)
-
-
 def table(head, lines):
-    return (
-        "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
-        + "\n"
-    )
+    lines = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def built_in(settings, baseline="none"):
-    """Accuracy and paired gain of settings of the built-in pair that have been run."""
+def built_in(settings):
+    """Accuracy and paired gain over no transfer, for settings of the built-in pair that have been run."""
     lines = []
     for setting in settings:
         values = column("built_in", setting).values()
         if values:
             command = f"`{BUILT_IN[setting]}`" if BUILT_IN[setting] else "(defaults)"
-            difference = "" if setting == baseline else gain("built_in", setting, baseline)
-            lines.append([setting, command, shown(values), difference, len(values)])
+            gain = "" if setting == "none" else shown(difference("built_in", setting, "none"), "+.1f")
+            lines.append([setting, command, shown(values), gain, len(values)])
     return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
 
 
 def amounts(settings):
-    """Accuracy without and with transfer and the paired gain, for (title, name without, name with)
-    triples."""
+    """Accuracy without and with transfer and the paired gain, for settings of the built-in pair: title ->
+    name.
+    """
     lines = []
-    for title, alone, helped in settings:
-        n = len(column("built_in", alone).keys() & column("built_in", helped).keys())
-        if n > 1:
-            values = [shown(column("built_in", name).values()) for name in (alone, helped)]
-            lines.append([title, *values, gain("built_in", helped, alone), n])
-    return table(["", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
+    for title, name in settings.items():
+        alone, helped = f"{name}none", f"{name}always"
+        gain = difference("built_in", helped, alone)
+        if len(gain) > 1:
+            command = CHANGES.get(name.rstrip(", "), "")
+            accuracies = [shown(column("built_in", setting).values()) for setting in (alone, helped)]
+            lines.append([title, command and f"`{command}`", *accuracies, shown(gain, "+.1f"), len(gain)])
+    return table(["", "flags", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
 
 
 def real():
-    """Every recipe on every real pair: validation, test, macro-F1, delivered sparsity and paired gain."""
+    """Every recipe on every real pair; the one that validation data choose is marked: transfer if the
+    interval of its paired gain there lies above 0, and of two such the one with the larger gain.
+    """
     lines = []
-    for target, (aux, _) in PAIRS.items():
-        for recipe in RECIPES:
-            setting, none = f"{target} <- {aux}: {recipe}", f"{target} <- {aux}: none"
-            if len(column("real", setting)) < 2:
-                continue
-            cells = [
-                shown(column("real", setting, key).values())
-                for key in ("validation_accuracy", "test_accuracy")
-            ]
-            f1, cut = (
-                column("real", setting, key).values() for key in ("test_macro_f1", "delivered_sparsity")
-            )
-            cells += [f"{sum(f1) / len(f1):.1f}", f"{min(cut):.1f}"]
-            lines.append(
-                [
-                    f"{target} <- {aux}",
-                    recipe,
-                    *cells,
-                    "" if recipe == "none" else gain("real", setting, none),
-                ]
-            )
-        accuracy, f1 = (
-            column("yardstick", target, key).values() for key in ("test_accuracy", "test_macro_f1")
-        )
-        if accuracy:
-            lines.append(
-                [
-                    target,
-                    "TF-IDF + logistic regression",
-                    "",
-                    shown(accuracy),
-                    f"{sum(f1) / len(f1):.1f}",
-                    "",
-                    "",
-                ]
-            )
-    head = [
-        "pair",
-        "recipe",
-        "validation, %",
-        "test, %",
-        "macro-F1",
-        "sparsity",
-        "paired gain on test, points",
-    ]
+    for target, aux, _ in PAIRS:
+        names = {recipe: f"{target} <- {aux}: {recipe}" for recipe in RECIPES}
+        names = {recipe: name for recipe, name in names.items() if len(column("real", name)) > 1}
+        gains = {"none": 0.0}
+        for recipe in list(names)[1:]:
+            mean, _, half = interval(difference("real", names[recipe], names["none"], "validation_accuracy"))
+            gains[recipe] = mean if mean > half else -1.0
+        for recipe, name in names.items():
+            scores = [shown(column("real", name, f"{s}_accuracy").values()) for s in ("validation", "test")]
+            f1, cut = (column("real", name, key).values() for key in ("test_macro_f1", "delivered_sparsity"))
+            gain = "" if recipe == "none" else shown(difference("real", name, names["none"]), "+.1f")
+            mark = " (chosen)" if recipe == max(gains, key=gains.get) else ""
+            cells = [*scores, f"{sum(f1) / len(f1):.1f}", f"{min(cut):.1f}", gain, len(f1)]
+            lines.append([f"{target} <- {aux}", recipe + mark, *cells])
+    for target in dict.fromkeys(target for target, _, _ in PAIRS):
+        keys = "test_accuracy", "test_macro_f1"
+        accuracy, f1 = (column("yardstick", target, key).values() for key in keys)
+        lines.append([target, YARDSTICK, "", shown(accuracy), f"{sum(f1) / len(f1):.1f}", "", "", len(f1)])
+    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity", "paired gain on test", "n"]
     return table(head, lines)
-
-
-def pruned_and_unpruned(n):
-    return [
-        (
-            f"{n} labels, {how}",
-            *(
-                f"{how}, {t}"
-                if n == 200 and how == "unpruned"
-                else t
-                if n == 200
-                else f"{n} labels, {how}, {t}"
-                for t in ("none", "always")
-            ),
-        )
-        for how in ("pruned", "unpruned")
-    ]
 
 
 def tables():
     """Replace what stands between <!-- NAME --> and <!-- end --> in the README."""
-    when = [
-        "none",
-        "before pruning",
-        "while pruning",
-        "while fine-tuning",
-        "from 1000 on",
-        "always",
-        "sequential",
-    ]
-    how = [
-        "always",
-        "always, project",
-        "sequential",
-        "aux_weight 0.1",
-        "aux_weight 1",
-        "aux_weight 3",
-        "shuffled",
-    ]
-    sizes = [triple for n in (50, 100, 200, 500, 2000) for triple in pruned_and_unpruned(n)]
-    sparse = [(f"{s:.0%} cut", f"sparsity {s}, none", f"sparsity {s}, always") for s in (0.5, 0.8, 0.9)]
-    sparse = [("nothing cut", "unpruned, none", "unpruned, always"), ("70% cut", "none", "always"), *sparse]
-    others = [
-        ("random structure, 70%", "random structure, none", "random structure, always"),
-        ("small dense network", "small dense, none", "small dense, always"),
-    ]
+    when = ["none", "before pruning", "while pruning", "while fine-tuning", "until fine-tuning"]
+    how = ["always", "aux_weight 0.1", "aux_weight 1", "aux_weight 3", "always, project", "sequential"]
+    titles = [f"{n} labels, {state}" for state in ("pruned", "unpruned") for n in (50, 100, 200, 500, 2000)]
+    labels = {title: f"{title}, " for title in titles}
+    labels |= {"200 labels, pruned": "", "200 labels, unpruned": "unpruned, "}
+    sparse = {"nothing cut": "unpruned, ", "50 % cut": "sparsity 0.5, ", "70 % cut": ""}
+    sparse |= {"80 % cut": "sparsity 0.8, ", "90 % cut": "sparsity 0.9, "}
+    sparse |= {"70 % cut at random": "random structure, ", "small dense network": "small dense, "}
     parts = {
-        "when": built_in(when),
+        "when": built_in([*when, "from 1000 on", "always", "sequential"]),
         "what": built_in(["gates", "weights", "always"]),
+        "how": built_in([*how, "shuffled", "shuffled, project"]),
+        "labels": amounts(labels),
+        "sparsity": amounts(sparse),
         "real": real(),
-        "how": built_in([*how, "shuffled, project"]),
-        "labels": amounts(sizes),
-        "sparsity": amounts(sparse + others),
     }
     readme = (ROOT / "README.md").read_text()
     for name, text in parts.items():
-        readme = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + text + m[2], readme, flags=re.S
-        )
+        found = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(found, lambda m: m[1] + text + m[2], readme, flags=re.S)
     (ROOT / "README.md").write_text(readme)
 
 
