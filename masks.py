@@ -5,7 +5,7 @@ One real number log_alpha per prunable unit parametrises a random gate z in [0, 
 Lagrangian steers the expected sparsity along a schedule (Wang et al. 2020; Xia et al. 2022, CoFi), and at the
 end one global choice turns the probabilities into a 0/1 structure of the size that was asked for.
 
-This file imports nothing but torch and math: copy it into your own project. Left out on purpose: gates on
+This file needs nothing but torch: copy it into your own project. Left out on purpose: gates on
 single neurons and on the embedding width, and pruning without a size target (a bare L0 penalty).
 
 Letters in shape comments: L layers, H heads per layer.
@@ -33,9 +33,7 @@ class Z(NamedTuple):
 
 
 def sample_z(log_alpha, generator=None):
-    """Sample hard-concrete gates (Louizos et al. 2018). Shape in = shape out; exact 0s and exact 1s have
-    positive mass.
-    """
+    """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Shape in = shape out."""
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
@@ -47,9 +45,7 @@ def prob_open(log_alpha):
 
 
 def deterministic_z(log_alpha):
-    """The gate used for evaluation: stretched, clipped sigmoid, not divided by BETA, as in Louizos et al.
-    2018.
-    """
+    """The gate used for evaluation: not divided by BETA (Louizos et al. 2018). Shape in = shape out."""
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -62,9 +58,7 @@ class Gates(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([0.0, SPRING]))  # multipliers; maximised, not minimised
 
     def effective(self, gate):
-        """The one place where gates combine. gate: (L, H + 2), sampled, deterministic or probabilities.
-        Returns a Z.
-        """
+        """The one place where gates combine: samples, values or probabilities (L, H + 2) to a Z."""
         head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
         return Z(head * attn, ffn)
 
@@ -75,9 +69,7 @@ class Gates(nn.Module):
         return self.effective(deterministic_z(self.log_alpha))
 
     def prob_open(self):
-        """P(open) of every unit as a Z; the gates of a head and of its sublayer are independent, so they
-        multiply.
-        """
+        """P(open) of every unit as a Z: a head needs its own gate and its sublayer's, so they multiply."""
         return self.effective(prob_open(self.log_alpha))
 
     def random(self, seed):
@@ -86,33 +78,39 @@ class Gates(nn.Module):
         draw = draw.to(self.log_alpha.device)
         return Z(draw[:, :-2], draw[:, -1])
 
-    def parameter_groups(self, gate_lr):
-        """For the optimiser: own learning rates, no weight decay, and the multipliers go uphill."""
-        return [
-            {"params": [self.log_alpha], "lr": gate_lr, "weight_decay": 0.0, "betas": (0.5, 0.9)},  # forgets
-            {"params": [self.lambdas], "lr": LAMBDA_LR, "weight_decay": 0.0, "maximize": True},
-        ]
-
     @torch.no_grad()
     def clamp_(self):
         """Call after every optimiser step."""
         self.log_alpha.clamp_(-LIMIT, LIMIT)
 
 
-def unit_sizes(d_model, n_head):
-    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer (4 d_model
-    wide).
+def make_optimizer(model, gates, args):
+    """One fused AdamW: matrices are decayed, gates never are, and the multipliers go uphill.
+
+    args: anything with lr, gate_lr and weight_decay. Adam's memory is short for the gates, because the push
+    of the controller changes its sign often.
     """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay},
+        {"params": vectors, "lr": args.lr},
+        {"params": [gates.log_alpha], "lr": args.gate_lr, "betas": (0.5, 0.9)},
+        {"params": [gates.lambdas], "lr": LAMBDA_LR, "maximize": True},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+
+
+def unit_sizes(d_model, n_head):
+    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer."""
     return 4 * d_model * (d_model // n_head), 8 * d_model**2
 
 
 def sparsity(z, head_size, ffn_size):
-    """Fraction of the prunable parameters that is gone, in [0, 1], when unit i is there with weight (or
-    probability) z_i.
+    """Fraction of the prunable parameters that is gone, in [0, 1], if unit i is there with weight z_i.
 
-    head_size, ffn_size: parameters of one head (its slice of Q, K, V and output) and of one feed-forward
-    sublayer. With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one
-    that counts.
+    With z = gates.prob_open() this is the expected sparsity; with the 0/1 structure z > 0, the one that
+    counts. head_size, ffn_size: from unit_sizes.
     """
     total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
     return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
@@ -129,36 +127,32 @@ def lr_at(step, lr, finetune_start, steps):
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Sparsity wanted at `step`: 0 up to prune_start, then a straight line that reaches `sparsity` prune_ramp
-    steps later.
-    """
+    """Sparsity wanted at `step`: 0 up to prune_start, then a straight line up to `sparsity`."""
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
 def lagrangian(expected, wanted, lambdas):
-    """lambda1 (s - t) + lambda2 (s - t)^2 (Wang et al. 2020): minimise it over log_alpha, maximise it over
-    the lambdas.
+    """lambda1 (s - t) + lambda2 (s - t)^2, s expected and t wanted sparsity (Wang et al. 2020): to be
+    minimised over log_alpha and maximised over the lambdas.
 
-    A negative value is normal: after an overshoot (s > t with lambda1 < 0) the term rewards opening gates
-    again.
+    lambda1 falls below 0 while s lags behind t, so that the value may be negative just after an overshoot.
+    That is normal. Where the gates go is told by the slope lambda1 + 2 lambda2 (s - t): they close while it
+    is negative, and open while it is positive.
     """
     gap = expected - wanted
     return lambdas[0] * gap + lambdas[1] * gap**2
 
 
 def max_sparsity(n_layer, n_head, head_size, ffn_size):
-    """The largest expected sparsity that gates clamped at -LIMIT can reach; a larger target can never be
-    met.
-    """
+    """The largest expected sparsity that gates clamped at -LIMIT can reach."""
     gates = Gates(n_layer, n_head)
     nn.init.constant_(gates.log_alpha, -LIMIT)
     return sparsity(gates.prob_open(), head_size, ffn_size).item()
 
 
 def steps_to_settle(gate_lr):
-    """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so that
-    closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many
-    again.
+    """Optimiser steps that pruning needs at least: Adam moves a gate by about gate_lr a step at most, so
+    closing it from INIT takes (INIT + LIMIT) / gate_lr steps, and the controller needs twice as many again.
     """
     return math.ceil(3 * (INIT + LIMIT) / gate_lr)
 
@@ -179,8 +173,7 @@ def why_unreachable(target, steps, ramp, gate_lr, n_layer, n_head, d_model):
 
 @torch.no_grad()
 def select(prob, sparsity, head_size, ffn_size):
-    """Turn probabilities into a 0/1 structure: keep units by P(open), most probable first, as long as they
-    fit.
+    """Turn probabilities into a 0/1 structure: the most probable units that fit the budget.
 
     prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the asked one, and
     exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding layer by

@@ -1,5 +1,4 @@
-"""Prune a small transformer for one task while a second task helps: the whole run, readable from top to
-bottom.
+"""Prune a small transformer for one task while a second task helps: the whole run, from top to bottom.
 
     python train.py --aux_weight 0.5 --transfer_start 1000              # built-in pair of tasks, no download
     python train.py --aux_weight 0                                      # the same without transfer
@@ -15,12 +14,12 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,8 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from masks import (Z, Gates, lagrangian, lr_at, phase_at, select, sparsity, sparsity_at, unit_sizes,
-                   why_unreachable)
+from masks import (Z, Gates, lagrangian, lr_at, make_optimizer, phase_at, select, sparsity, sparsity_at,
+                   unit_sizes, why_unreachable)
 from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms,
                    prunable, write)
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
@@ -41,6 +40,7 @@ CAUGHT = []  # signals that asked the process to stop; the loop ends between two
 def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises InputError."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = fail
     add = parser.add_argument
     # data
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
-    add("--sparsity", type=float, default=0.7, help="prunable weights to remove, in [0, reachable)")
+    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, in [0, reachable)")
     add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
@@ -65,10 +65,10 @@ def parse_args(argv=None):
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
-    add("--transfer_stop", type=int, default=10**9, help="when: first step without it again; default: never")
+    add("--transfer_stop", type=int, default=10**9, help="when: first step without it again")
     add("--target_start", type=int, default=0, help="when: first step with the target loss")
-    add("--coupling", choices=["sum", "project"], default="sum", help="how: conflicts stay or go")
-    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it reaches")
+    add("--coupling", choices=["sum", "project"], default="sum", help="how: project removes conflicts")
+    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it may change")
     add("--aux_shuffle", action="store_true", help="a control: auxiliary labels in random order")
     # optimization
     add("--steps", type=int, default=3000, help="optimizer steps in all, >= 1")
@@ -94,9 +94,8 @@ def fail(message):
 
 def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
-    lowest = {"vocab_size": 4, "lr": 1e-9, "gate_lr": 1e-9}
-    lowest |= dict.fromkeys(["max_length", "n_layer", "n_head", "d_model", "batch_size", "steps", "seeds"], 1)
-    lowest |= dict.fromkeys(["prune_ramp", "finetune_steps", "checkpoint_every"], 1)
+    ones = "max_length n_layer n_head d_model batch_size prune_ramp finetune_steps checkpoint_every steps"
+    lowest = dict.fromkeys(ones.split(), 1) | {"vocab_size": 4, "seeds": 1, "lr": 1e-9, "gate_lr": 1e-9}
     highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096, "finetune_steps": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
@@ -116,15 +115,6 @@ def check(args):
     shape = args.n_layer, args.n_head, args.d_model
     if reason := why_unreachable(args.sparsity, window, args.prune_ramp, args.gate_lr, *shape):
         fail(reason)
-
-
-def make_optimizer(model, gates, args):
-    """One fused AdamW: matrices are decayed, gates never are, and the multipliers go uphill."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    decayed = {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay}
-    groups = [decayed, {"params": vectors, "lr": args.lr}, *gates.parameter_groups(args.gate_lr)]
-    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
 
 
 def rank_and_world():
@@ -165,21 +155,19 @@ def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
 
     loss_aux: already weighted; None = no transfer at this step.
     """
-    everything = [*model.parameters(), *gates.parameters()]
-    for p in everything:
-        p.grad = None
+    model.zero_grad()
+    gates.zero_grad()
     if loss_target.requires_grad or penalty.requires_grad:
         (loss_target + penalty).backward()
-        average([p.grad for p in everything if p.grad is not None])
+        average([p.grad for p in (*model.parameters(), *gates.parameters()) if p.grad is not None])
     if loss_aux is not None:
         weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
-        shared = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
-        own = list(model.classifier["auxiliary"].parameters())
-        g_aux = torch.autograd.grad(loss_aux, shared + own, materialize_grads=True)
+        reached = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
+        reached = [*reached, *model.classifier["auxiliary"].parameters()]  # for the target they do not exist
+        g_aux = torch.autograd.grad(loss_aux, reached, materialize_grads=True)
         average(g_aux)
-        g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
-        update = couple(g_target, g_aux[: len(shared)], args.coupling) + list(g_aux[len(shared) :])
-        for p, g in zip(shared + own, update):
+        g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in reached]
+        for p, g in zip(reached, couple(g_target, g_aux, args.coupling)):
             p.grad = g
 
 
@@ -191,17 +179,12 @@ def essential(flags):
 
 def setting(args, data):
     """What a checkpoint and the run that continues it must share."""
-    parts = [e for e in (data.train, data.validation, data.test, data.aux) if e]
-    digests = [hashlib.sha256(array.tobytes()).hexdigest() for e in parts for array in e]
-    return essential(vars(args)) | {"data": [data.vocab, digests]}
+    arrays = [array for e in (data.train, data.validation, data.test, data.aux) if e for array in e]
+    return essential(vars(args)) | {"data": [data.vocab, [hashlib.sha256(a).hexdigest() for a in arrays]]}
 
 
 def read_checkpoint(path, args, data):
-    """What the interrupted run wrote, or None if it did not get that far. Raises InputError if it is
-    unusable.
-    """
-    if not os.path.exists(path):
-        return None
+    """What the interrupted run wrote. Raises InputError if it cannot be continued with these flags."""
     try:
         saved = torch.load(path, map_location=args.device, weights_only=True)
         before = saved["setting"]
@@ -239,56 +222,52 @@ def build(args, data, path):
     """Model, gates, optimizer and running values of the loop: new, or as the checkpoint at path has them."""
     torch.manual_seed(args.seed)
     model, gates = dense_network(args, data), Gates(args.n_layer, args.n_head).to(args.device)
-    saved = read_checkpoint(path, args, data) if args.resume else None
-    if saved is None:
-        opened = torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer)
-        values = {"best": None, "history": [], "structure": opened, "expected": torch.zeros(()), "step": 0}
-        return model, gates, make_optimizer(model, gates, args), values
-    model = GatedTransformer(Config(**saved["config"]), data.vocab, data.labels).to(args.device)
-    model.load_state_dict(saved["model"])
-    gates.load_state_dict(saved["gates"])
     optimizer = make_optimizer(model, gates, args)
-    optimizer.load_state_dict(saved["optimizer"])
-    return model, gates, optimizer, saved
+    opened = torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer)
+    first, running = 0, (None, [], opened, torch.zeros(()))  # best, history, structure, expected
+    if args.resume and path.exists():
+        saved = read_checkpoint(path, args, data)
+        model = GatedTransformer(Config(**saved["config"]), data.vocab, data.labels).to(args.device)
+        optimizer = make_optimizer(model, gates, args)  # of the network as it was: dense, or cut out
+        for part, name in (model, "model"), (gates, "gates"), (optimizer, "optimizer"):
+            part.load_state_dict(saved[name])
+        first, running = saved["step"], saved["running"]
+    return model, gates, optimizer, first, running
 
 
 def train(args):
     """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
     # ---- settings and data: everything that can be refused is refused before anything is written
-    began, out = time.time(), lambda name: os.path.join(args.out_dir, name)
-    sizes = unit_sizes(args.d_model, args.n_head)
+    began, out, checkpoint = time.time(), Path(args.out_dir), Path(args.out_dir, "checkpoint.pt")
     check(args)
+    sizes = unit_sizes(args.d_model, args.n_head)
     data = load(args)
-    os.makedirs(args.out_dir, exist_ok=True)
-    open(out("history.jsonl"), "a").close()  # better to fail now than at the first evaluation
-    main = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
+    writes = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
 
     # ---- model, gates and optimizer, new or as the interrupted run left them
-    model, gates, optimizer, running = build(args, data, out("checkpoint.pt"))
-    best, history, structure, expected, first = (
-        running[name] for name in ("best", "history", "structure", "expected", "step"))
+    model, gates, optimizer, first, (best, history, structure, expected) = build(args, data, checkpoint)
     tasks = {"target": data.train} | ({"auxiliary": data.aux} if data.aux else {})
     order = {task: batch_order(tasks[task], args.batch_size, stream(task, args)) for task in tasks}
     full_weight = args.aux_weight if data.aux else 0.0
     finetune_start = args.steps - args.finetune_steps
-    gated = args.sparsity > 0 and args.structure == "learned"
-    prune_start = args.prune_start if gated else finetune_start
+    prune_start = args.prune_start if args.sparsity and args.structure == "learned" else finetune_start
 
     # ---- the loop
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if main else True)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if writes else True)
     for step in bar:
         phase = phase_at(step, prune_start, finetune_start)
-        pruning = phase == "prune"
+        active = gates if phase == "prune" else None  # the gates that are at work
         if args.sparsity and step == finetune_start:  # the structure is chosen and cut out
             prob = gates.prob_open() if args.structure == "learned" else gates.random(args.seed)
             structure = select(prob, args.sparsity, *sizes)  # a Z of zeros and ones
             model = extract(model, structure)
-            optimizer = make_optimizer(model, gates, args)
-        for group in optimizer.param_groups[:2]:
+            optimizer = make_optimizer(model, gates, args)  # Adam's averages had the old shapes
+        for group in optimizer.param_groups[:2]:  # the weights; gates keep their rates
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # the objective: target loss + Lagrangian, and the weighted auxiliary loss
-        active = gates if pruning else None
         aux_weight = aux_weight_at(step, full_weight, args.transfer_start, args.transfer_stop)
         wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
         loss_target, loss_aux, penalty = torch.zeros(()), None, torch.zeros(())
@@ -297,10 +276,10 @@ def train(args):
         if aux_weight:
             loss_aux = task_loss(model, active, "auxiliary", data.aux, order["auxiliary"], step, args)
             loss_aux = aux_weight * loss_aux
-        if pruning:
+        if active:
             expected = sparsity(gates.prob_open(), *sizes)
             penalty = lagrangian(expected, wanted, gates.lambdas)
-        backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
+        backward(model, gates, bool(active), loss_target, penalty, loss_aux, args)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,
                  "expected_sparsity": expected, "gradient_norm": norm,
@@ -312,52 +291,43 @@ def train(args):
         gates.clamp_()
 
         # evaluation and checkpoint
-        if step % 10 == 0:
-            shown = {name: f"{term:.3f}" for name, term in list(terms.items())[:4]}
-            bar.set_postfix({"phase": phase} | shown)
+        bar.set_postfix(dict(list(terms.items())[:4]), phase=phase, refresh=False)
         done = step + 1
-        if main and (done % EVAL_EVERY == 0 or done == args.steps):
-            z = gates.deterministic() if pruning else None
+        if writes and (done % EVAL_EVERY == 0 or done == args.steps):
+            z = gates.deterministic() if active else None
             scores = evaluate(model, data.validation, z, args.device)
             scores = {f"validation_{name}": score for name, score in scores.items()}
             row = {"step": done, "phase": phase, "aux_weight": aux_weight, "wanted_sparsity": wanted}
-            if pruning:
+            if active:
                 row["deterministic_sparsity"] = sparsity(Z(z.head > 0, z.ffn > 0), *sizes).item()
             history.append(row | terms | scores)
-            with open(out("history.jsonl"), "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in history)
+            (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
             score = scores["validation_accuracy"], -scores["validation_loss"]
             if phase == "finetune" and (best is None or score > best[0]):
                 best = score, {name: p.clone() for name, p in model.state_dict().items()}
-        if main and (done % args.checkpoint_every == 0 or CAUGHT):
-            write(out("checkpoint.pt"), {
-                "setting": setting(args, data), "config": asdict(model.config), "step": done,
-                "model": model.state_dict(), "gates": gates.state_dict(), "best": best, "history": history,
-                "optimizer": optimizer.state_dict(), "structure": tuple(structure),
-                "expected": expected.detach()})
+        if writes and (done % args.checkpoint_every == 0 or CAUGHT):
+            write(checkpoint, {
+                "setting": setting(args, data), "config": asdict(model.config), "model": model.state_dict(),
+                "gates": gates.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                "running": (best, history, tuple(structure), expected.detach())})
         if CAUGHT:
             raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes on")
 
     # ---- final report
-    if not main:
+    if not writes:
         return None
     model.load_state_dict(best[1])
-    result = summary(args, data, model, structure) | {
-        "validation_accuracy": best[0][0], "expected_sparsity": expected.item(),
-        "seconds": time.time() - began}
-    model.save(out("pruned.pt"))
-    with open(out("result.json"), "w") as file:
-        json.dump(result, file, indent=1)
-    if os.path.exists(out("checkpoint.pt")):
-        os.remove(out("checkpoint.pt"))
+    measured = {"validation_accuracy": best[0][0], "expected_sparsity": expected.item()}
+    result = summary(args, data, model, structure) | measured | {"seconds": time.time() - began}
+    model.save(out / "pruned.pt")
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
     return result
 
 
 def summary(args, data, model, structure):
-    """What is known about the finished network `model`. structure: 0/1 of the heads (L, H) and of the ffn
-    (L,).
-    """
-    dense, folder = dense_network(args, data), os.path.dirname(os.path.abspath(__file__))
+    """What result.json says about the finished network. structure: 0/1, (L, H) and (L,)."""
+    dense, folder = dense_network(args, data), Path(__file__).absolute().parent
     status, commit = subprocess.getstatusoutput(f"git -C '{folder}' rev-parse --short HEAD")
     sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
     slow, fast = latency_ms([dense, model], sample)
@@ -381,7 +351,7 @@ def report(result):
           f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left")
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for 32 texts, "
+    print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for up to 32 texts, "
           f"{result['speedup']:.1f} times faster; the whole run took {result['seconds']:.0f} s")
     print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
 
@@ -392,27 +362,26 @@ def series(args):
 
     Runs whose row is already there are not repeated. Returns {aux_weight: list of results in order of seed}.
     """
-    path = os.path.join(args.out_dir, "results.jsonl")
-    rows = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+    path, new = Path(args.out_dir, "results.jsonl"), Path(args.out_dir, "results.jsonl.tmp")
+    rows = [json.loads(line) for line in open(path)] if path.exists() else []
     results = {}
     for seed in range(args.seed, args.seed + args.seeds):
         for weight in [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]:
-            folder = os.path.join(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer"))
+            folder = str(Path(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer")))
             changed = {"seed": seed, "seeds": 1, "baseline": False, "aux_weight": weight, "out_dir": folder}
             one = argparse.Namespace(**{**vars(args), **changed})
             row = next((row for row in rows if essential(row["args"]) == essential(vars(one))), None)
             if row is None:
                 rows.append(row := train(one))
-                with open(path + ".tmp", "w") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-                os.replace(path + ".tmp", path)
+                new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                new.replace(path)
             results.setdefault(weight, []).append(row)
     return results
 
 
 def report_series(results):
     """Print mean, deviation and 95 % interval of each setting and of the difference paired by seed, and the
-    choice that validation data make: with transfer if its interval lies above 0, and the best network then.
+    choice that validation data make: with transfer if its interval lies above 0 (its gain, for one seed).
     """
     chosen = list(results)[0]
     for split in ("validation", "test"):
@@ -423,8 +392,8 @@ def report_series(results):
             mean, deviation, half = interval(values)
             print(f"{split:10}  {name:20}  {mean:5.1f} points, standard deviation {deviation:.1f}, "
                   f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
-        if split == "validation" and len(results) == 2 and not mean > half:
-            chosen = 0.0
+        if split == "validation" and len(results) == 2 and not mean > (half if len(values) > 1 else 0):
+            chosen = 0.0  # mean and half are those of the last line, the gain
     best = max(results[chosen], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
     print(f"validation speaks for aux_weight {chosen:g}; its best network is {best}/pruned.pt")
 
@@ -435,7 +404,7 @@ def main():
         args = parse_args()
         if dist.is_torchelastic_launched():
             if args.device.startswith("cuda"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         else:  # the first signal stops the loop after its step, a second one stops at once
             for number in (signal.SIGINT, signal.SIGTERM):

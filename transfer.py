@@ -30,9 +30,7 @@ def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
 
 
 def transferred(weights, gates, transfer):
-    """What: the shared parameters that the auxiliary gradient may touch; transfer is "weights", "gates" or
-    "both".
-    """
+    """What: the shared parameters that the auxiliary gradient may touch, by the value of --transfer."""
     return {"weights": weights, "gates": gates, "both": weights + gates}[transfer]
 
 
@@ -41,9 +39,10 @@ def couple(g_target, g_aux, coupling):
 
     "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
     is negative: to first order, and before the optimiser rescales it, what is left does not harm the target.
-    One inner product over all tensors, the Lagrangian's part included. This is the one-sided form of the
-    projection of Yu et al. 2020, and the special case eta = (1, 1, 0), with one basis vector, of Auxiliary
-    Task Update Decomposition (Dery et al. 2021); "sum" is eta = (1, 1, 1).
+    One inner product over all tensors (with the gates the Lagrangian's part is in it). Auxiliary Task Update
+    Decomposition (Dery et al. 2021) weights three parts of g_aux by eta: orthogonal to g_target, along it,
+    and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis vector, is (1, 1, 0),
+    a one-sided form of the projection of Yu et al. 2020.
     """
     if coupling == "project" and g_target:
         dot = sum(torch.sum(a * t) for a, t in zip(g_aux, g_target))
@@ -92,9 +91,7 @@ BLAME = {
 
 
 def review(rng, domain):
-    """One sentence about a restaurant or a film and the polarity of its main clause: (text, "positive" or
-    "negative").
-    """
+    """A sentence about a restaurant or a film, and the polarity of its main clause."""
 
     def clause(positive):
         negated = rng.random() < 0.3
@@ -112,9 +109,7 @@ def review(rng, domain):
 
 
 def reviews(domain, sizes={"train": 6000, "validation": 500, "test": 2000}):
-    """The built-in task: split name -> list of (text, label name), no sentence twice, the same on every
-    machine.
-    """
+    """The built-in task: split name -> list of (text, label name), no sentence twice."""
     rng, unique = random.Random(domain), {}
     while len(unique) < sum(sizes.values()):
         text, label = review(rng, domain)
@@ -131,9 +126,7 @@ class InputError(Exception):
 
 
 def bad_json_line(path):
-    """"file, line 7: reason" for the first line of a JSONL file, or of those in a folder, that is not JSON,
-    else None.
-    """
+    """Where the first broken line of a JSONL file or folder is, as "file, line 7: reason", or None."""
     inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
     for file in (f for f in inside or [path] if f.endswith(".jsonl") and os.path.isfile(f)):
         with open(file, "rb") as lines:
@@ -146,7 +139,7 @@ def bad_json_line(path):
 
 def load_splits(spec):
     """Load a data set with the `datasets` library: a dict of its splits. spec: "hub/name",
-    "hub/name:configuration", or a local folder or file (JSONL, CSV, parquet). Never runs code that comes with
+    "hub/name:config", or a local folder or file (JSONL, CSV, parquet). Never runs code that comes with
     a data set. Raises InputError.
     """
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
@@ -156,30 +149,28 @@ def load_splits(spec):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
     ending = os.path.splitext(spec)[1]
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(ending)
-    name, _, configuration = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
     if not os.path.exists(name) and (kind or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"no such file or folder: {name}")
     try:
-        found = datasets.load_dataset(kind or name, configuration or None, data_files=spec if kind else None)
+        return dict(datasets.load_dataset(kind or name, config or None, data_files=spec if kind else None))
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
         reason = bad_json_line(name) or " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
-    return dict(found)
 
 
-def find_columns(split, spec, text_columns, label_column, strict=True):
-    """Names of the text columns and of the label column of a Dataset: as asked for, else found by name and
-    type.
+def find_columns(split, spec, text_columns, label_column, optional=()):
+    """Names of the text columns and of the label column of a Dataset: as asked for, else found.
 
     Found: label = the column "label", else the only column of whole numbers or classes; text = the column
-    "text", else all remaining columns of strings (two at most). Raises InputError if that leaves none or
-    several, and, if strict, for names that are not there.
+    "text", else all remaining columns of strings (two at most). Names in optional may be absent and are then
+    not asked for. Raises InputError for other absent names, and if that leaves no column or several.
     """
     features, columns = split.features, f"the columns of {spec} are {', '.join(split.column_names)}"
     dtype = {c: getattr(f, "dtype", "nested") for c, f in features.items()}
     missing = [c for c in [*(text_columns or []), label_column] if c and c not in features]
-    if missing and strict:
-        raise InputError(f"no column {missing[0]!r}: {columns}")
+    if refused := [c for c in missing if c not in optional]:
+        raise InputError(f"no column {refused[0]!r}: {columns}")
     text_columns = [c for c in text_columns or [] if c not in missing]
     label_column = None if label_column in missing else label_column
     label = [label_column] if label_column else [c for c in features if c == "label"]
@@ -199,9 +190,7 @@ def find_columns(split, spec, text_columns, label_column, strict=True):
 
 
 def rows(split, text_columns, label_column):
-    """Iterate over (text, label name) of a Dataset; the label name is None where there is no label (null, or
-    -1 of a class).
-    """
+    """Iterate over (text, label name) of a Dataset; name None for a null label, or -1 of a class."""
     feature = split.features[label_column]
     names = getattr(feature, "names", None)
     for batch in split.select_columns([*text_columns, label_column]).iter(1000):
@@ -226,8 +215,13 @@ class Data(NamedTuple):
     notes: list  # what the reader of a report should know about these data
 
 
-def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("train", "validation", "test")):
-    """Load and tokenize a task: ({split: Examples}, label names, notes). word_id grows. Raises InputError."""
+def load_task(spec, text_columns, label_column, max_length, word_id, optional=None):
+    """Load and tokenize a task: ({split: Examples}, label names, notes). word_id grows. Raises InputError.
+
+    optional: None for a target; for an auxiliary task, of which only the train split is used, the names of
+    columns that it need not have.
+    """
+    wanted = ("train", "validation", "test") if optional is None else ("train",)
     built_in, domain = spec.startswith("reviews:"), spec.removeprefix("reviews:")
     if built_in and domain not in NOUNS:
         raise InputError(f"the built-in tasks are {' and '.join('reviews:' + d for d in NOUNS)}, not {spec}")
@@ -239,21 +233,20 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
             continue
         pairs, ids = found[key], dict(label_id)
         if not built_in:
-            pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column, "test" in wanted))
+            pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column, optional or ()))
         try:
-            splits[split] = tokenize(pairs, max_length, word_id, ids)
+            examples = tokenize(pairs, max_length, word_id, ids)
         except UnicodeDecodeError as error:
             raise InputError(f"cannot read {spec}: {bad_json_line(spec) or error}") from None
-        if len(splits[split].label) == 0:
+        if len(examples.label) == 0:
             raise InputError(f"the {key} split of {spec} is empty")
-        if set(splits[split].label) <= {-1, ids.get("-1")} and split != "train":
+        if set(examples.label) <= {-1, ids.get("-1")} and split != "train":  # hidden: null or "-1"
             notes.append(f"the {split} split of {spec} has no labels")
-            del splits[split]
             continue
-        if (splits[split].label < 0).any():
-            row = splits[split].label.argmin() + 1
+        if (examples.label < 0).any():
+            row = examples.label.argmin() + 1
             raise InputError(f"example {row} of the {key} split of {spec} has no label")
-        label_id = ids
+        splits[split], label_id = examples, ids
     if "train" not in splits:
         raise InputError(f"{spec} has no train split, only {', '.join(found)}")
     if "test" in wanted and "test" not in splits and "validation" in splits:
@@ -271,8 +264,7 @@ def load_task(spec, text_columns, label_column, max_length, word_id, wanted=("tr
 
 
 def limited_subset(label, n, seed):
-    """Boolean mask (N,) of n examples: seeded, stratified and nested (the subset of 100 lies inside the
-    subset of 200).
+    """Boolean mask (N,) of n examples: seeded, stratified, and nested (100 are among 200).
 
     Examples are ranked at random within their class and taken in order of rank / class size: classes come
     about in proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
@@ -288,8 +280,7 @@ def limited_subset(label, n, seed):
 
 
 def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, label_column=None, seed=0):
-    """Load both tasks and return a Data: the limited training subset, and one vocabulary made of the training
-    texts.
+    """Load both tasks and return a Data: the limited training subset, and one vocabulary.
 
     n_target: labelled target examples to train on, 0 = all. aux: "none" for no second task. Auxiliary
     examples whose text also occurs in the target's validation or test split are dropped. Raises InputError.
@@ -304,7 +295,8 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
     if len(set(train.label)) < 2:
         raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")
     if aux != "none":
-        part, names, more = load_task(aux, text_columns, column[-1], max_length, word_id, ("train",))
+        optional = [*(text_columns or []), *(column if len(column) == 1 else [])]
+        part, names, more = load_task(aux, text_columns, column[-1], max_length, word_id, optional)
         second, labels["auxiliary"] = part["train"], names
         held_out = {text for split in ("validation", "test") for text in splits[split].texts()}
         keep = np.fromiter((text not in held_out for text in second.texts()), dtype=bool)
@@ -323,10 +315,10 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
 
 
 def epoch_order(length, batch_size, rng):
-    """A random order (N,) of N texts in which neighbours have similar lengths, so that batches need little
-    padding.
+    """A random order (N,) of N texts in which neighbours have similar lengths: batches need little padding.
 
-    Texts are shuffled, sorted by length (N,) within pools of 16 batches, and the batches are shuffled again.
+    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches are
+    shuffled again.
     """
     order = rng.permutation(len(length))
     pool = np.arange(len(order)) // (16 * batch_size)
@@ -336,8 +328,7 @@ def epoch_order(length, batch_size, rng):
 
 
 def batch_order(examples, batch_size, seed):
-    """A function from a step to the indices (batch_size,) of its examples: epochs, each shuffled, one after
-    the other.
+    """A function from a step to the indices (batch_size,) of its examples: one shuffled epoch after another.
 
     The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
     and a run that is resumed needs no state to go on.

@@ -10,6 +10,7 @@ Every row is what train(args) returned, appended to tests/results/NAME.jsonl as 
 
 import json
 import re
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +24,6 @@ from model import interval
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = range(5)
 DATA = "../shared/data/"
-YARDSTICK = "TF-IDF + logistic regression"
 
 BUILT_IN = {  # name -> flags; defaults are not repeated
     "none": "--aux_weight 0",
@@ -71,6 +71,20 @@ REAL = {  # setting -> flags
     for recipe, flags in RECIPES.items()
     for target, aux, n in PAIRS
 }
+GUARDS = {  # what else could protect against a coarse or an unrelated auxiliary task
+    "trec_fine <- trec_coarse": {
+        "sequential": BUILT_IN["sequential"],
+        "none, no smoothing": "--aux_weight 0 --label_smoothing 0",
+        "always, no smoothing": "--transfer_start 0 --label_smoothing 0",
+    },
+    "trec_fine <- sst2": {
+        "always, project": BUILT_IN["always, project"],
+        "aux_weight 0.1": BUILT_IN["aux_weight 0.1"],
+    },
+}
+for pair, guards in GUARDS.items():
+    task_flags = REAL[f"{pair}: none"].removesuffix(RECIPES["none"])
+    REAL |= {f"{pair}: {guard}": task_flags + flags for guard, flags in guards.items()}
 
 
 def rows(name):
@@ -84,7 +98,7 @@ def append(name, row):
 
 
 def run(part=0, parts=1):
-    """Run what is missing, real settings first."""
+    """Run what is missing, real settings first, one seed of each after the other."""
     have = {(row["setting"], row["seed"]) for row in rows("built_in") + rows("real")}
     jobs = [("real", *item, seed) for seed in SEEDS for item in REAL.items()]
     jobs += [("built_in", *item, seed) for item in BUILT_IN.items() for seed in SEEDS]
@@ -175,31 +189,43 @@ def amounts(settings):
     return table(["", "flags", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
 
 
-def real():
-    """Every recipe on every real pair; the one that validation data choose is marked: transfer if the
-    interval of its paired gain there lies above 0, and of two such the one with the larger gain.
+def chosen(pair):
+    """The recipe that validation data choose: the largest paired gain whose interval lies above 0, else
+    none.
     """
+    clear = {"none": 0.0}
+    for recipe in RECIPES:
+        gains = difference("real", f"{pair}: {recipe}", f"{pair}: none", "validation_accuracy")
+        mean, _, half = interval(gains or [0.0])
+        if mean > half:
+            clear[recipe] = mean
+    return max(clear, key=clear.get)
+
+
+def real(recipes):
+    """Lines of recipes on real pairs; recipes: pair -> names. The choice of the validation data is marked."""
     lines = []
-    for target, aux, _ in PAIRS:
-        names = {recipe: f"{target} <- {aux}: {recipe}" for recipe in RECIPES}
-        names = {recipe: name for recipe, name in names.items() if len(column("real", name)) > 1}
-        gains = {"none": 0.0}
-        for recipe in list(names)[1:]:
-            mean, _, half = interval(difference("real", names[recipe], names["none"], "validation_accuracy"))
-            gains[recipe] = mean if mean > half else -1.0
-        for recipe, name in names.items():
-            scores = [shown(column("real", name, f"{s}_accuracy").values()) for s in ("validation", "test")]
+    for pair, names in recipes.items():
+        for recipe in names:
+            name, mark = f"{pair}: {recipe}", " (chosen)" if recipe == chosen(pair) else ""
+            splits = [column("real", name, f"{split}_accuracy").values() for split in ("validation", "test")]
             f1, cut = (column("real", name, key).values() for key in ("test_macro_f1", "delivered_sparsity"))
-            gain = "" if recipe == "none" else shown(difference("real", name, names["none"]), "+.1f")
-            mark = " (chosen)" if recipe == max(gains, key=gains.get) else ""
-            cells = [*scores, f"{sum(f1) / len(f1):.1f}", f"{min(cut):.1f}", gain, len(f1)]
-            lines.append([f"{target} <- {aux}", recipe + mark, *cells])
+            if len(f1) > 1:
+                gain = "" if recipe == "none" else shown(difference("real", name, f"{pair}: none"), "+.1f")
+                cells = [*map(shown, splits), f"{statistics.mean(f1):.1f}", f"{min(cut):.1f}", gain, len(f1)]
+                lines.append([pair, recipe + mark, *cells])
+    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity", "paired gain on test", "n"]
+    return table(head, lines)
+
+
+def outside():
+    """Accuracy and macro-F1 of the yardstick."""
+    lines = []
     for target in dict.fromkeys(target for target, _, _ in PAIRS):
         keys = "test_accuracy", "test_macro_f1"
         accuracy, f1 = (column("yardstick", target, key).values() for key in keys)
-        lines.append([target, YARDSTICK, "", shown(accuracy), f"{sum(f1) / len(f1):.1f}", "", "", len(f1)])
-    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity", "paired gain on test", "n"]
-    return table(head, lines)
+        lines.append([target, shown(accuracy), shown(f1), len(f1)])
+    return table(["target", "test, %", "macro-F1", "n"], lines)
 
 
 def tables():
@@ -218,7 +244,9 @@ def tables():
         "how": built_in([*how, "shuffled", "shuffled, project"]),
         "labels": amounts(labels),
         "sparsity": amounts(sparse),
-        "real": real(),
+        "real": real({f"{target} <- {aux}": RECIPES for target, aux, _ in PAIRS}),
+        "guards": real(GUARDS),
+        "yardstick": outside(),
     }
     readme = (ROOT / "README.md").read_text()
     for name, text in parts.items():

@@ -315,10 +315,11 @@ def test_columns_are_found_by_name_and_type_or_named(tmp_path):
     with pytest.raises(InputError, match="'n' .* not text"):
         load(tmp_path, ["n"], "coarse")
     assert load(tmp_path, ["question"], "fine")[1] == ["f0", "f1", "f2"]
-    assert load(tmp_path, label_column="coarse")[1] == [
-        "0",
-        "1",
-    ]  # both remaining columns of strings are read
+    assert load(tmp_path, label_column="coarse")[1] == ["0", "1"]  # with both columns of strings as texts
+    with pytest.raises(InputError, match="no column 'misspelt'"):  # named for the auxiliary task alone
+        prepare("reviews:film", str(tmp_path), 20, 64, 1000, label_column=["label", "misspelt"])
+    with pytest.raises(InputError, match="--label_column"):  # the target's names are optional there
+        prepare("reviews:film", str(tmp_path), 20, 64, 1000, label_column=["label"])
 
 
 @pytest.mark.parametrize(
