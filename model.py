@@ -1,5 +1,4 @@
-"""A pre-norm transformer encoder for text classification, from scratch, whose heads and layers can be gated
-and cut out.
+"""A pre-norm transformer encoder for text classification, whose heads and layers can be gated and cut out.
 
 The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
 `Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a
@@ -7,8 +6,8 @@ smaller instance. The projections have no bias, so a closed unit contributes exa
 keeps the network continuous at z = 0). Left out on purpose: pretrained weights, subword tokens, causal
 attention.
 
-Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D = head
-size. """
+Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D head size.
+"""
 
 import io
 import os
@@ -157,9 +156,7 @@ class GatedTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, texts):
-        """Label names of the target task. texts: a list of strings, or of tuples of strings for tasks on
-        pairs of texts.
-        """
+        """Label names of the target task. texts: a list of strings, or of tuples for pairs of texts."""
         texts = [texts] if isinstance(texts, str) else texts
         names, device = [], self.norm.weight.device
         for chunk in (texts[i : i + 64] for i in range(0, len(texts), 64)):
@@ -184,8 +181,7 @@ class GatedTransformer(nn.Module):
 
 
 def write(path, parts):
-    """Write a dict of tensors and plain values so that the file is there completely or, on any failure, as
-    before.
+    """Write a dict of tensors and plain values so that, whatever fails, the file is complete or as before.
 
     Raises OSError, and leaves nothing half-written, when the disk is full or the folder gone.
     """
@@ -210,9 +206,7 @@ def words(text, max_length):
 
 
 class Examples(NamedTuple):
-    """N labelled texts in three flat arrays: no Python object per example, so a million texts cost only their
-    word ids.
-    """
+    """N labelled texts in three flat arrays: without a Python object each, a million cost their ids only."""
 
     tokens: np.ndarray  # word ids of all texts, one text after the other
     start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
@@ -229,9 +223,7 @@ class Examples(NamedTuple):
         return (self.tokens[a:b].tobytes() for a, b in zip(self.start[:-1], self.start[1:]))
 
     def batch(self, index, device="cpu"):
-        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array index
-        (B,).
-        """
+        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
         start, length = self.start[index, None], np.diff(self.start)[index, None]
         column = np.arange(length.max())
         ids = np.where(column < length, self.tokens[np.minimum(start + column, len(self.tokens) - 1)], PAD)
@@ -239,9 +231,7 @@ class Examples(NamedTuple):
 
 
 def tokenize(pairs, max_length, word_id, label_id):
-    """Turn (text, label name) pairs into Examples; new words and label names get the next free id in the two
-    dicts.
-    """
+    """Turn (text, label name) pairs into Examples; new words and names get the next free id of the dicts."""
     tokens, start, label = array("i"), array("q", [0]), array("i")
     for text, name in pairs:
         tokens.extend([word_id.setdefault(w, len(word_id)) for w in words(text, max_length)])
@@ -261,9 +251,7 @@ def dropout_noise(model, batch_size, p, generator):
 
 
 def prunable(model):
-    """Number of prunable parameters: the attention and feed-forward matrices; no embeddings, norms or
-    classifiers.
-    """
+    """Number of prunable parameters: the matrices of the attention and feed-forward sublayers."""
     return sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
 
 
@@ -290,9 +278,7 @@ def extract(model, z):
 
 @torch.no_grad()
 def evaluate(model, examples, z, device):
-    """Accuracy, macro_f1 (mean over classes) and loss (nats) of the target task, as a dict. z: gates or
-    None.
-    """
+    """Accuracy, macro_f1 (mean over classes) and loss (nats) of the target task. z: gates or None."""
     order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
     logits, labels = [], []
     for index in np.array_split(order, max(1, len(order) // 256)):

@@ -96,7 +96,8 @@ def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
     ones = "max_length n_layer n_head d_model batch_size prune_ramp finetune_steps checkpoint_every steps"
     lowest = dict.fromkeys(ones.split(), 1) | {"vocab_size": 4, "seeds": 1, "lr": 1e-9, "gate_lr": 1e-9}
-    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096, "finetune_steps": args.steps}
+    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
+    highest |= {"finetune_steps": args.steps, "target_start": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -202,6 +203,8 @@ def load(args):
                    args.label_column, args.seed)
     if args.aux_shuffle and data.aux:
         np.random.default_rng(args.seed).shuffle(data.aux.label)
+    if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
+        data.notes.append("no transfer: it starts after it stops, or after the last step")
     if rank_and_world()[0] == 0:
         print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
               f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
@@ -357,10 +360,10 @@ def report(result):
 
 
 def series(args):
-    """Runs over several seeds, with transfer and, for --baseline, without; out_dir/results.jsonl keeps their
-    rows.
+    """Runs over several seeds, with transfer and, for --baseline, without.
 
-    Runs whose row is already there are not repeated. Returns {aux_weight: list of results in order of seed}.
+    out_dir/results.jsonl keeps their rows; runs whose row is already there are not repeated. Returns
+    {aux_weight: list of results in order of seed}.
     """
     path, new = Path(args.out_dir, "results.jsonl"), Path(args.out_dir, "results.jsonl.tmp")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []

@@ -317,8 +317,7 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
 def epoch_order(length, batch_size, rng):
     """A random order (N,) of N texts in which neighbours have similar lengths: batches need little padding.
 
-    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches are
-    shuffled again.
+    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches; batches are shuffled again.
     """
     order = rng.permutation(len(length))
     pool = np.arange(len(order)) // (16 * batch_size)

@@ -75,9 +75,11 @@ def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(t
 
 
 def test_transfer_stop_closes_the_window(tmp_path):
-    """An empty window is no transfer, at every step."""
+    """An empty window is no transfer, at every step, and the report says so."""
     run(tmp_path / "off", "--aux_weight", 0)
-    run(tmp_path / "empty", "--aux_weight", 0.5, "--transfer_start", 5, "--transfer_stop", 5)
+    flags = "--aux_weight", 0.5, "--transfer_start", 5, "--transfer_stop"
+    assert run(tmp_path / "empty", *flags, 5)["notes"][-1].startswith("no transfer")
+    assert not run(tmp_path / "open", *flags, 6)["notes"][-1].startswith("no transfer")
     off, empty = weights(tmp_path / "off"), weights(tmp_path / "empty")
     assert all(torch.equal(off[n], empty[n]) for n in off)
 
@@ -130,18 +132,7 @@ def test_sequential_transfer_is_two_windows_that_do_not_overlap(tmp_path):
     """Until target_start the target's classifier keeps its initial values; one step later it does not."""
     model, *_ = setting()
     initial = model.classifier["target"].weight
-    flags = [
-        "--sparsity",
-        0,
-        "--n_target",
-        50,
-        "--finetune_steps",
-        5,
-        "--transfer_stop",
-        10,
-        "--target_start",
-        10,
-    ]
+    flags = "--sparsity 0 --n_target 50 --finetune_steps 5 --transfer_stop 10 --target_start 10".split()
     run(tmp_path / "before", *flags, "--transfer_start", 0, "--steps", 10)
     run(tmp_path / "after", *flags, "--transfer_start", 0, "--steps", 11)
     assert torch.equal(weights(tmp_path / "before")["classifier.target.weight"], initial)
@@ -403,6 +394,7 @@ BAD = [
     (["--prune_ramp", "0"], "prune_ramp"),
     (["--vocab_size", "1"], "vocab_size"),
     (["--transfer_stop", "-1"], "transfer_stop"),
+    (["--target_start", "3001"], "target_start must be at least 0 and at most 3000"),
 ]
 
 
