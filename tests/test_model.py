@@ -200,16 +200,7 @@ def test_a_few_steps_overfit_one_batch():
 
 
 def test_words_are_lower_case_limited_and_never_none():
-    assert words("The soup wasn't BLAND, at all!", 20) == [
-        "the",
-        "soup",
-        "wasn't",
-        "bland",
-        ",",
-        "at",
-        "all",
-        "!",
-    ]
+    assert words("The soup wasn't BLAND, at all!", 20) == "the soup wasn't bland , at all !".split()
     assert words("a b c d", 2) == ["a", "b"]
     assert words("", 5) == words("  \t", 5) == [SPECIAL[UNK]]
     assert words(("a b c d", "e f g h"), 5) == ["a", "b", SPECIAL[SEP], "e", "f"]

@@ -178,49 +178,27 @@ def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
     network on disk."""
     done = command(*SHORT, "--aux_weight", 0.5, "--transfer_start", 30, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "history.jsonl",
-        "pruned.pt",
-        "result.json",
-    ]
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == ["history.jsonl", "pruned.pt", "result.json"]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    for key in (
-        "test_accuracy",
-        "test_macro_f1",
-        "validation_accuracy",
-        "target_sparsity",
-        "delivered_sparsity",
-        "expected_sparsity",
-        "params_dense",
-        "params_pruned",
-        "latency_dense_ms",
-        "latency_pruned_ms",
-        "speedup",
-        "seconds",
-        "seed",
-    ):
-        assert isinstance(result[key], (int, float)), key
+    numbers = (
+        "test_accuracy test_macro_f1 validation_accuracy target_sparsity delivered_sparsity "
+        "expected_sparsity params_dense params_pruned latency_dense_ms latency_pruned_ms speedup seconds seed"
+    )
+    assert all(isinstance(result[key], (int, float)) for key in numbers.split())
     assert result["args"]["transfer_start"] == 30 and f"{result['test_accuracy']:.3f}" in done.stdout
     small = GatedTransformer.load(tmp_path / "out" / "pruned.pt")
     assert result["params_pruned"] == sum(p.numel() for p in small.parameters()) < result["params_dense"]
     assert result["delivered_sparsity"] == pytest.approx(1 - prunable(small) / (2 * 12 * 16 * 16))
-    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads and result[
-        "ffn_kept"
-    ] == small.config.ffn
+    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads
+    assert result["ffn_kept"] == small.config.ffn
     rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    terms = (
+        "step phase loss_target loss_aux lagrangian lambda1 lambda2 expected_sparsity wanted_sparsity "
+        "validation_accuracy"
+    )
     for row in rows:
-        assert {
-            "step",
-            "phase",
-            "loss_target",
-            "loss_aux",
-            "lagrangian",
-            "lambda1",
-            "lambda2",
-            "expected_sparsity",
-            "wanted_sparsity",
-            "validation_accuracy",
-        } <= row.keys()
+        assert set(terms.split()) <= row.keys()
         assert all(np.isfinite(v) for v in row.values() if not isinstance(v, str))
     data = prepare("reviews:restaurant", "reviews:film", 200, 64, 10000)
     texts = [text for text, _ in __import__("transfer").reviews("restaurant")["test"]]
@@ -319,28 +297,11 @@ def test_without_sparsity_nothing_is_pruned(tmp_path):
 def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
     """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
     wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
-    result = loop.train(
-        loop.parse_args(
-            [
-                "--sparsity",
-                str(sparsity),
-                "--n_target",
-                "3000",
-                "--aux_weight",
-                "0",
-                "--steps",
-                "1000",
-                "--prune_start",
-                "200",
-                "--prune_ramp",
-                "300",
-                "--finetune_steps",
-                "350",
-                "--out_dir",
-                str(tmp_path),
-            ]
-        )
-    )
+    flags = (
+        f"--sparsity {sparsity} --n_target 3000 --aux_weight 0 --steps 1000 --prune_start 200 "
+        f"--prune_ramp 300 --finetune_steps 350 --out_dir {tmp_path}"
+    ).split()
+    result = loop.train(loop.parse_args(flags))
     assert abs(result["expected_sparsity"] - sparsity) < 0.02
     assert sparsity <= result["delivered_sparsity"] < sparsity + 8 / 48
     assert sum(result["ffn_kept"]) > 0 or sparsity > 1 - 8 / 48

@@ -181,11 +181,8 @@ def test_the_subset_is_the_same_with_and_without_a_second_task(tmp_path):
 
 def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_path):
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)  # sentences 0-19, 20-24, 25-29
-    write(
-        tmp_path / "a",
-        "train.jsonl",
-        sentences(40, 10) + [{"text": "SENTENCE  number 22 of many", "label": "no"}],
-    )
+    same = {"text": "SENTENCE  number 22 of many", "label": "no"}
+    write(tmp_path / "a", "train.jsonl", [*sentences(40, 10), same])
     data = prepare(target, str(tmp_path / "a"), 0, 64, 1000)
     assert len(data.aux.label) == 30
     assert any("dropped 11 auxiliary" in note for note in data.notes)
@@ -196,12 +193,8 @@ def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_p
 def test_the_vocabulary_holds_training_words_only_most_frequent_first(tmp_path):
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
     data = prepare(target, "none", 10, 64, 1000)
-    assert data.vocab[:3] == ["<pad>", "<unk>", "<sep>"] and set(data.vocab[3:7]) == {
-        "sentence",
-        "number",
-        "of",
-        "many",
-    }
+    assert data.vocab[:3] == ["<pad>", "<unk>", "<sep>"]
+    assert set(data.vocab[3:7]) == {"sentence", "number", "of", "many"}
     assert len(data.vocab) == 3 + 4 + 10 and not {str(i) for i in range(20, 30)} & set(data.vocab)
     assert prepare(target, "none", 10, 64, 5).vocab[3:] == data.vocab[3:5]
     assert (data.test.tokens == 1).sum() == 5  # the numbers, unknown
@@ -294,11 +287,8 @@ def test_a_single_file_loads_and_is_split_the_same_way_every_time(tmp_path, kind
     table, path = datasets.Dataset.from_list(sentences(100)), str(tmp_path / f"mine.{kind}")
     {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](path)
     splits, names, notes = load(path)
-    assert names == ["no", "yes"] and [len(splits[s].label) for s in ("train", "validation", "test")] == [
-        81,
-        10,
-        9,
-    ]
+    sizes = [len(splits[split].label) for split in ("train", "validation", "test")]
+    assert names == ["no", "yes"] and sizes == [81, 10, 9]
     assert len(notes) == 2
     assert (load(path)[0]["test"].tokens == splits["test"].tokens).all()
 
