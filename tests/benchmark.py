@@ -29,15 +29,20 @@ SHAPES = [(64, 4, 12), (128, 4, 64), (256, 6, 128)]  # d_model, n_layer, tokens;
 VOCAB, CLASSES, BATCH = 1000, 5, 32
 
 
-def alternate(steps, repeats):
-    """Median milliseconds of every function of `steps` (name -> function), called in turn."""
+def alternate(steps, repeats, run=5):
+    """Median milliseconds of every function of `steps` (name -> function), in `repeats` turns of `run` calls.
+
+    The first call of a turn is not counted: it finds the caches full of the others' data, as no call of a
+    training run does.
+    """
     times = {name: [] for name in steps}
-    for repeat in range(repeats + 3):
+    for turn in range(repeats + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repeat >= 3:  # the first three are warm-up
-                times[name].append(1000 * (time.perf_counter() - start))
+            for call in range(run + 1):
+                start = time.perf_counter()
+                step()
+                if turn and call:  # the first turn is warm-up
+                    times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 
@@ -147,7 +152,7 @@ def training_step():
             steps["bert"] = bert_step(*shape)
         except ImportError:
             print("   (transformers is not installed: BERT skipped)")
-        ms = alternate(steps, 60 if shape[0] < 256 else 7)
+        ms = alternate(steps, 20 if shape[0] < 256 else 3)
         bert = f"{ms['bert']:12.1f} {ms['ours'] / ms['bert']:12.2f}" if "bert" in ms else ""
         print(
             f"   {shape[0]:7d} {shape[1]:6d} {shape[2]:6d} | {ms['ours']:6.1f} {ms['torch']:15.1f} "
@@ -159,7 +164,7 @@ def cost_of_gates():
     print("\n2. training step with gates and Lagrangian on, against both off, ms")
     for shape in SHAPES:
         steps = {"on": our_step(*shape), "off": our_step(*shape, pruning=False)}
-        ms = alternate(steps, 100 if shape[0] < 256 else 9)
+        ms = alternate(steps, 30 if shape[0] < 256 else 5)
         print(f"   {shape}: {ms['on']:.1f} / {ms['off']:.1f} = {ms['on'] / ms['off']:.3f}")
 
 
@@ -172,6 +177,7 @@ def multiply_adds(model, tokens):
 def extracted_network():
     print("\n3. extracted network: measured speed-up, and the ratio of multiply-adds that it should approach")
     for shape in SHAPES:
+        torch.manual_seed(0)  # the same structures every time
         dense, args = network(*shape)
         prob = Gates(shape[1], args.n_head).prob_open()
         prob = Z(torch.rand_like(prob.head), torch.rand_like(prob.ffn))
@@ -200,7 +206,7 @@ def share_of_peak():
         order = batch_order(texts, BATCH, 0)
         tokens = sum(texts.batch(order(i))[0].numel() for i in range(10)) / 10
         steps = {"torch": lambda: a @ b, "onednn": lambda: onednn(a, b), "step": our_step(*shape)}
-        ms = alternate(steps, 10 if shape[0] == 256 else 50)
+        ms = alternate(steps, 3 if shape[0] == 256 else 10)
         # 2 tasks, 3 passes (forward, and backward for inputs and for weights), 2 operations per multiply-add
         work = 2 * 3 * 2 * tokens * multiply_adds(network(*shape)[0], shape[2]) / shape[2]
         step, *peaks = (
@@ -243,7 +249,7 @@ def growth():
     base = (64, 4, 32)
     for what, values in enumerate([(64, 128, 256, 512), (1, 2, 4, 8, 16), (16, 32, 64, 128, 256)]):
         shapes = [base[:what] + (v,) + base[what + 1 :] for v in values]
-        ms = alternate({shape: our_step(*shape) for shape in shapes}, 7)
+        ms = alternate({shape: our_step(*shape) for shape in shapes}, 3)
         print(
             f"   {('width', 'layers', 'tokens')[what]:7s}"
             + "".join(f"{s[what]:6d}: {t:6.1f}" for s, t in ms.items())
