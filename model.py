@@ -237,7 +237,7 @@ def tokenize(pairs, max_length, word_id, label_id):
         tokens.extend([word_id.setdefault(w, len(word_id)) for w in words(text, max_length)])
         start.append(len(tokens))
         label.append(-1 if name is None else label_id.setdefault(name, len(label_id)))
-    return Examples(np.array(tokens), np.array(start), np.array(label))
+    return Examples(np.asarray(tokens), np.asarray(start), np.asarray(label))  # the same memory, no copy
 
 
 def dropout_noise(model, batch_size, p, generator):
