@@ -74,8 +74,8 @@ class Gates(nn.Module):
 
     def random(self, seed):
         """Random numbers in place of P(open), for a control with a random structure."""
-        draw = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
-        draw = draw.to(self.log_alpha.device)
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.rand(self.log_alpha.shape, generator=generator).to(self.log_alpha.device)
         return Z(draw[:, :-2], draw[:, -1])
 
     @torch.no_grad()

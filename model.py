@@ -196,12 +196,14 @@ def write(path, parts):
 def words(text, max_length):
     """Lower-case words and punctuation marks of a text, or of a tuple of texts with <sep> between them.
 
-    Returns at least one and at most max_length strings, shared fairly between the texts. Reads no further
-    than 32 characters a word, so that a text of many megabytes costs no more than a long one.
+    Returns at least one and at most max_length strings; of two texts the longer one is cut first. Reads no
+    further than 32 characters a word, so that a text of many megabytes costs no more than a long one.
     """
     parts = (text,) if isinstance(text, str) else text
-    limit = max(1, (max_length - len(parts) + 1) // len(parts))
+    limit = max(1, max_length - len(parts) + 1)
     found = [WORD.findall(part[: 32 * limit].lower())[:limit] for part in parts]
+    while sum(map(len, found)) > limit:
+        max(reversed(found), key=len).pop()
     return [w for part in found for w in [SPECIAL[SEP], *part]][1 : max_length + 1] or [SPECIAL[UNK]]
 
 
@@ -280,12 +282,9 @@ def extract(model, z):
 def evaluate(model, examples, z, device):
     """Accuracy, macro_f1 (mean over classes) and loss (nats) of the target task. z: gates or None."""
     order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
-    logits, labels = [], []
-    for index in np.array_split(order, max(1, len(order) // 256)):
-        ids, y = examples.batch(index, device)
-        logits.append(model(ids, "target", z))
-        labels.append(y)
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    parts = np.array_split(order, max(1, len(order) // 256))
+    logits = torch.cat([model(examples.batch(part, device)[0], "target", z) for part in parts])
+    labels = torch.from_numpy(examples.label[order]).long().to(device)
     predicted = logits.argmax(1)
     hit, present = predicted == labels, torch.cat([predicted, labels])
     f1 = [2 * (hit & (labels == c)).sum() / (present == c).sum() for c in present.unique()]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from masks import (Z, Gates, lagrangian, lr_at, make_optimizer, phase_at, select, sparsity, sparsity_at,
                    unit_sizes, why_unreachable)
-from model import (Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms,
+from model import (UNK, Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms,
                    prunable, write)
 from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
 
@@ -103,7 +103,7 @@ def check(args):
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"{name} must be at least {low} and at most {high:g}, not {value}")
     try:
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         fail(f"device {args.device} is not available here")
     if args.baseline and (args.aux_weight == 0 or args.aux == "none"):
@@ -111,8 +111,9 @@ def check(args):
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
-        fail("with torchrun batch_size must divide by the processes; --seeds and --baseline are not possible")
-    window = args.steps - args.finetune_steps - args.prune_start
+        fail("torchrun needs a batch_size divisible by its processes, and neither --seeds nor --baseline")
+    # a random structure is cut in one step
+    window = math.inf if args.structure == "random" else args.steps - args.finetune_steps - args.prune_start
     shape = args.n_layer, args.n_head, args.d_model
     if reason := why_unreachable(args.sparsity, window, args.prune_ramp, args.gate_lr, *shape):
         fail(reason)
@@ -164,7 +165,7 @@ def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
     if loss_aux is not None:
         weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
         reached = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
-        reached = [*reached, *model.classifier["auxiliary"].parameters()]  # for the target they do not exist
+        reached = [*reached, *model.classifier["auxiliary"].parameters()]  # they learn in any case
         g_aux = torch.autograd.grad(loss_aux, reached, materialize_grads=True)
         average(g_aux)
         g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in reached]
@@ -191,8 +192,7 @@ def read_checkpoint(path, args, data):
         before = saved["setting"]
     except Exception:  # whatever a truncated or foreign file provokes
         fail(f"{path} is not a complete checkpoint of this program: delete it, or run without --resume")
-    changed = [name for name, value in setting(args, data).items() if before.get(name) != value]
-    if changed:
+    if changed := [name for name, value in setting(args, data).items() if before.get(name) != value]:
         fail(f"{path} was written with another {', '.join(changed)}: use the same, or run without --resume")
     return saved
 
@@ -207,7 +207,8 @@ def load(args):
         data.notes.append("no transfer: it starts after it stops, or after the last step")
     if rank_and_world()[0] == 0:
         print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
-              f"{len(data.test.label)} test examples; {len(data.vocab)} known words")
+              f"{len(data.test.label)} test examples; labels {', '.join(data.labels['target'])[:60]}")
+        print(f"{len(data.vocab)} known words; unknown in test: {(data.test.tokens == UNK).mean():.1%}")
         if data.aux:
             print(f"{args.aux}: {len(data.aux.label)} auxiliary examples")
         print("".join(f"note: {note}\n" for note in data.notes), end="")
@@ -228,6 +229,8 @@ def build(args, data, path):
     optimizer = make_optimizer(model, gates, args)
     opened = torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer)
     first, running = 0, (None, [], opened, torch.zeros(()))  # best, history, structure, expected
+    if args.resume != path.exists():
+        print(f"note: {path}", "is not there: starting at step 0" if args.resume else "will be overwritten")
     if args.resume and path.exists():
         saved = read_checkpoint(path, args, data)
         model = GatedTransformer(Config(**saved["config"]), data.vocab, data.labels).to(args.device)
@@ -367,6 +370,9 @@ def series(args):
     """
     path, new = Path(args.out_dir, "results.jsonl"), Path(args.out_dir, "results.jsonl.tmp")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    ours = [essential({**vars(args), "seed": 0, "aux_weight": weight}) for weight in (args.aux_weight, 0.0)]
+    if any(essential({**row["args"], "seed": 0}) not in ours for row in rows):
+        fail(f"{path} holds runs with other flags: use another --out_dir")
     results = {}
     for seed in range(args.seed, args.seed + args.seeds):
         for weight in [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]:
@@ -393,12 +399,14 @@ def report_series(results):
             lines["gain, paired by seed"] = [a - b for a, b in zip(*lines.values())]
         for name, values in lines.items():
             mean, deviation, half = interval(values)
-            print(f"{split:10}  {name:20}  {mean:5.1f} points, standard deviation {deviation:.1f}, "
-                  f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+            spread = (f", standard deviation {deviation:.1f}, 95 % interval "
+                      f"[{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+            print(f"{split:10}  {name:20}  {mean:5.1f} points{spread if len(values) > 1 else ''}")
         if split == "validation" and len(results) == 2 and not mean > (half if len(values) > 1 else 0):
             chosen = 0.0  # mean and half are those of the last line, the gain
     best = max(results[chosen], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
-    print(f"validation speaks for aux_weight {chosen:g}; its best network is {best}/pruned.pt")
+    advice = f"validation speaks for aux_weight {chosen:g}; its" if len(results) == 2 else "the"
+    print(f"{advice} best network on validation is {best}/pruned.pt")
 
 
 def main():
@@ -417,7 +425,9 @@ def main():
             report_series(series(args))
         elif result := train(args):
             report(result)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

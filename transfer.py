@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import random
+import zlib
 from functools import lru_cache
+from glob import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -147,13 +149,17 @@ def load_splits(spec):
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
-    ending = os.path.splitext(spec)[1]
+    ending = os.path.splitext(spec)[1].lower()
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(ending)
     name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-    if not os.path.exists(name) and (kind or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InputError(f"no such file or folder: {name}")
+    if not os.path.exists(name) and (kind or not name or name[0] in "./~" or name.count("/") > 1):
+        raise InputError(f"no such file or folder: {name!r}")
+    if os.path.isfile(name) and not kind:
+        raise InputError(f"cannot load {name}: only .jsonl, .json, .csv and .parquet files are read")
+    as_written = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # "None" is a word
     try:
-        return dict(datasets.load_dataset(kind or name, config or None, data_files=spec if kind else None))
+        files = escape(spec) if kind else None
+        return dict(datasets.load_dataset(kind or name, config or None, data_files=files, **as_written))
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
         reason = bad_json_line(name) or " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
@@ -185,7 +191,7 @@ def find_columns(split, spec, text_columns, label_column, optional=()):
         if "string" not in dtype[c]:
             raise InputError(f"column {c!r} of {spec} holds {dtype[c]}, not text")
     if not any(kind in dtype[label[0]] for kind in ("int", "string", "bool")):
-        raise InputError(f"column {label[0]!r} of {spec} holds {dtype[label[0]]}, not classes")
+        raise InputError(f"column {label[0]!r} of {spec} holds {dtype[label[0]]}, not classes; is one empty?")
     return text, label[0]
 
 
@@ -254,11 +260,12 @@ def load_task(spec, text_columns, label_column, max_length, word_id, optional=No
         splits["test"] = splits.pop("validation")
     for split in [s for s in wanted if s not in splits]:
         notes.append(f"no {split} split: a fixed tenth of train is used instead")
-        n = len(splits["train"].label)
-        keep = np.random.default_rng(0).permutation(n) >= max(1, n // 10)
+        # a hash in place of a random number: equal texts stay together
+        draw = np.array([zlib.crc32(text + split.encode()) for text in splits["train"].texts()])
+        keep = draw > np.sort(draw)[max(1, len(draw) // 10) - 1]
         splits["train"], splits[split] = splits["train"].take(keep), splits["train"].take(~keep)
     if len(set(splits["train"].label)) < 2:
-        raise InputError(f"{spec} has a single class, {next(iter(label_id))!r}: nothing to learn")
+        raise InputError(f"a single class to train on in {spec}, which has {', '.join(label_id)[:60]}")
     rank = np.argsort(np.argsort(list(label_id)))  # place of each label name in alphabetical order
     return {s: e._replace(label=rank[e.label]) for s, e in splits.items()}, sorted(label_id), notes
 
@@ -290,10 +297,12 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
     splits, names, notes = load_task(target, text_columns, column[0], max_length, word_id)
     train, labels, second = splits["train"], {"target": names}, None
     if n_target > len(train.label):
-        raise InputError(f"n_target {n_target} is larger than the {len(train.label)} examples of {target}")
+        raise InputError(f"n_target {n_target}: {target} has {len(train.label)} training examples")
     train = train.take(limited_subset(train.label, n_target, seed)) if n_target else train
     if len(set(train.label)) < 2:
         raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")
+    if again := sum(map(set(train.texts()).__contains__, splits["test"].texts())):
+        notes.append(f"{again} of the test texts also occur among the training examples")
     if aux != "none":
         optional = [*(text_columns or []), *(column if len(column) == 1 else [])]
         part, names, more = load_task(aux, text_columns, column[-1], max_length, word_id, optional)

@@ -57,19 +57,20 @@ for name, flags in CHANGES.items():
     BUILT_IN[f"{name}, none"] = f"{flags} --aux_weight 0"
     BUILT_IN[f"{name}, always"] = f"{flags} --transfer_start 0"
 
-PAIRS = [  # target, auxiliary task, labels of the target; the last pair is unrelated, to see the harm
-    ("sst2", "sst5", 200),
-    ("trec_coarse", "trec_fine", 200),
-    ("sst5", "sst2", 400),
-    ("trec_fine", "trec_coarse", 400),
-    ("acl_arc", "scicite", 0),
-    ("trec_fine", "sst2", 400),
-]
+PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is unrelated, to see the harm
+    "sst2 <- sst5": ("sst2", "sst5", 200),
+    "trec_coarse <- trec_fine": ("trec_coarse", "trec_fine", 200),
+    "sst5 <- sst2": ("sst5", "sst2", 400),
+    "trec_fine <- trec_coarse": ("trec_fine", "trec_coarse", 400),
+    "acl_arc <- scicite": ("acl_arc", "scicite", 0),
+    "acl_arc <- scicite, 300 labels": ("acl_arc", "scicite", 300),
+    "trec_fine <- sst2": ("trec_fine", "sst2", 400),
+}
 RECIPES = {recipe: BUILT_IN[recipe] for recipe in ("none", "always", "until fine-tuning")}
 REAL = {  # setting -> flags
-    f"{target} <- {aux}: {recipe}": f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n} {flags}"
+    f"{pair}: {recipe}": f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n} {flags}"
     for recipe, flags in RECIPES.items()
-    for target, aux, n in PAIRS
+    for pair, (target, aux, n) in PAIRS.items()
 }
 GUARDS = {  # what else could protect against a coarse or an unrelated auxiliary task
     "trec_fine <- trec_coarse": {
@@ -102,7 +103,7 @@ def run(part=0, parts=1):
     have = {(row["setting"], row["seed"]) for row in rows("built_in") + rows("real")}
     jobs = [("real", *item, seed) for seed in SEEDS for item in REAL.items()]
     jobs += [("built_in", *item, seed) for item in BUILT_IN.items() for seed in SEEDS]
-    for name, setting, flags, seed in [job for job in jobs if (job[1], job[3]) not in have][part::parts]:
+    for name, setting, flags, seed in [job for job in jobs[part::parts] if (job[1], job[3]) not in have]:
         with tempfile.TemporaryDirectory() as folder:
             result = loop.train(loop.parse_args([*flags.split(), "--seed", str(seed), "--out_dir", folder]))
         del result["args"]["out_dir"]
@@ -122,7 +123,7 @@ def yardstick():
         return [" ".join(data.vocab[t] for t in examples.tokens[a:b]) for a, b in bounds]
 
     (RESULTS / "yardstick.jsonl").unlink(missing_ok=True)
-    for target, n in {target: n for target, _, n in PAIRS}.items():
+    for target, n in dict.fromkeys((target, n) for target, _, n in PAIRS.values()):
         for seed in SEEDS:
             data = loop.prepare(DATA + target, "none", n, 64, 10**6, seed=seed)
             vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
@@ -131,7 +132,7 @@ def yardstick():
             predicted = fitted.predict(vectorizer.transform(texts(data, data.test)))
             f1 = f1_score(data.test.label, predicted, average="macro")
             accuracy = float((predicted == data.test.label).mean())
-            row = {"setting": target, "seed": seed, "test_accuracy": accuracy, "test_macro_f1": f1}
+            row = {"setting": f"{target}, {n or 'all'} labels", "seed": seed, "test_accuracy": accuracy, "test_macro_f1": f1}
             append("yardstick", row)
 
 
@@ -150,10 +151,12 @@ def difference(name, setting, baseline, key="test_accuracy"):
 
 
 def shown(values, form=".1f"):
-    """Mean and 95 % interval as text; a dash if fewer than two runs are there."""
+    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval if all agree."""
     if len(values) < 2:
         return "-"
     mean, _, half = interval(list(values))
+    if half == 0:
+        return f"{mean:{form}}"
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
@@ -210,21 +213,23 @@ def real(recipes):
             name, mark = f"{pair}: {recipe}", " (chosen)" if recipe == chosen(pair) else ""
             splits = [column("real", name, f"{split}_accuracy").values() for split in ("validation", "test")]
             f1, cut = (column("real", name, key).values() for key in ("test_macro_f1", "delivered_sparsity"))
+            keys = "test_accuracy", "test_macro_f1"
+            gains = [shown(difference("real", name, f"{pair}: none", key), "+.1f") for key in keys]
             if len(f1) > 1:
-                gain = "" if recipe == "none" else shown(difference("real", name, f"{pair}: none"), "+.1f")
-                cells = [*map(shown, splits), f"{statistics.mean(f1):.1f}", f"{min(cut):.1f}", gain, len(f1)]
-                lines.append([pair, recipe + mark, *cells])
-    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity", "paired gain on test", "n"]
-    return table(head, lines)
+                cells = [*map(shown, splits), f"{statistics.mean(f1):.1f}", f"{min(cut):.1f}"]
+                cells += ["", ""] if recipe == "none" else gains
+                lines.append([pair, recipe + mark, *cells, len(f1)])
+    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity"]
+    return table([*head, "paired gain on test", "gain in macro-F1", "n"], lines)
 
 
 def outside():
     """Accuracy and macro-F1 of the yardstick."""
     lines = []
-    for target in dict.fromkeys(target for target, _, _ in PAIRS):
+    for setting in dict.fromkeys(row["setting"] for row in rows("yardstick")):
         keys = "test_accuracy", "test_macro_f1"
-        accuracy, f1 = (column("yardstick", target, key).values() for key in keys)
-        lines.append([target, shown(accuracy), shown(f1), len(f1)])
+        accuracy, f1 = (column("yardstick", setting, key).values() for key in keys)
+        lines.append([setting, shown(accuracy), shown(f1), len(f1)])
     return table(["target", "test, %", "macro-F1", "n"], lines)
 
 
@@ -244,7 +249,7 @@ def tables():
         "how": built_in([*how, "shuffled", "shuffled, project"]),
         "labels": amounts(labels),
         "sparsity": amounts(sparse),
-        "real": real({f"{target} <- {aux}": RECIPES for target, aux, _ in PAIRS}),
+        "real": real(dict.fromkeys(PAIRS, RECIPES)),
         "guards": real(GUARDS),
         "yardstick": outside(),
     }

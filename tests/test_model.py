@@ -204,6 +204,7 @@ def test_words_are_lower_case_limited_and_never_none():
     assert words("a b c d", 2) == ["a", "b"]
     assert words("", 5) == words("  \t", 5) == [SPECIAL[UNK]]
     assert words(("a b c d", "e f g h"), 5) == ["a", "b", SPECIAL[SEP], "e", "f"]
+    assert words(("a b c d", "e"), 5) == ["a", "b", "c", SPECIAL[SEP], "e"]  # the longer one is cut first
     assert words(("a b", "c d"), 1) == ["a"] and len(words(("a b", "c d"), 2)) == 2
     assert words("<pad>", 5) == ["<", "pad", ">"]
     assert len(words("x " * 10_000_000, 64)) == 64

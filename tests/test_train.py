@@ -249,6 +249,10 @@ def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp
     assert calls == [(4, 0.5), (4, 0.0)]
     scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
     assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
+    for other in (["--lr", "0.01"], ["--aux_weight", "0.1"]):  # the folders of the networks have one owner
+        with pytest.raises(InputError, match="other flags: use another --out_dir"):
+            loop.series(loop.parse_args([*flags, *other]))
+    assert len(calls) == 2
 
 
 def series_rows(validation, test):
@@ -261,7 +265,7 @@ def series_rows(validation, test):
 
 @pytest.mark.parametrize(
     "validation, chosen",
-    [((0.7, 0.9, 0.8), "aux_weight 0.5; its best network is out/seed1/"), ((0.6, 0.4, 0.7), "aux_weight 0;")],
+    [((0.7, 0.9, 0.8), "aux_weight 0.5; its best network on validation is out/seed1/"), ((0.6, 0.4, 0.7), "aux_weight 0;")],
 )
 def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsys, validation, chosen):
     """The interval of three differences by hand, and a choice that test accuracies cannot move."""
@@ -274,12 +278,19 @@ def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsy
     assert f"validation speaks for {chosen}" in printed
 
 
+def test_one_run_gets_no_interval_and_one_setting_no_advice(capsys):
+    loop.report_series({0.5: series_rows((0.7,), (0.6,))})
+    printed = capsys.readouterr().out
+    assert "60.0 points\n" in printed and "nan" not in printed and "speaks" not in printed
+    assert "the best network on validation is out/seed0/pruned.pt" in printed
+
+
 def test_a_random_structure_has_the_same_budget_and_trains_no_gates(tmp_path):
     result = run(tmp_path, "--structure", "random")
     assert 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 24 and result["expected_sparsity"] == 0
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert all(row["lagrangian"] == 0 and row["phase"] != "prune" for row in rows)
-    other = run(tmp_path, "--structure", "random", "--seed", 5)
+    other = run(tmp_path, "--structure", "random", "--seed", 5, "--gate_lr", 0.001)  # which no gate feels
     assert other["heads_kept"] != result["heads_kept"]
 
 
@@ -342,11 +353,12 @@ BAD = [
     (["--steps", "ten"], "steps"),
     (["--coupling", "add"], "coupling"),
     (["--aux_wieght", "1"], "aux_wieght"),
-    (["--n_target", "7000"], "n_target 7000 is larger"),
+    (["--n_target", "7000"], "n_target 7000: .* has 6000"),
     (["--n_target", "1"], "one class"),
     (["--target", "reviews:book"], "reviews:restaurant"),
     (["--target", "./none"], "no such file"),
     (["--device", "tpu"], "device"),
+    (["--device", "meta"], "device"),
     (["--device", "cuda:99"], "device"),
     (["--aux_weight", "0", "--baseline"], "this is one"),
     (["--n_layer", "1", "--n_head", "1", "--sparsity", "0.7"], "single head"),

@@ -293,6 +293,30 @@ def test_a_single_file_loads_and_is_split_the_same_way_every_time(tmp_path, kind
     assert (load(path)[0]["test"].tokens == splits["test"].tokens).all()
 
 
+def test_splits_that_are_made_from_train_never_share_a_text(tmp_path):
+    """Fifty texts, ten times each: all ten land in the same split."""
+    write(tmp_path, "train.jsonl", sentences(50) * 10)
+    splits = load(tmp_path)[0]
+    texts = [set(splits[split].texts()) for split in ("train", "validation", "test")]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 50 and min(map(len, texts)) >= 4
+
+
+def test_a_test_text_that_is_also_trained_on_is_counted_in_a_note(tmp_path):
+    target = small_task(tmp_path, train=20, validation=5, test=5)
+    assert not any("among the training" in note for note in prepare(target, "none", 0, 64, 1000).notes)
+    write(tmp_path, "test.jsonl", sentences(4, 18))  # two old, two new
+    notes = prepare(target, "none", 0, 64, 1000).notes
+    assert "2 of the test texts also occur among the training examples" in notes
+
+
+def test_words_of_a_csv_that_other_programs_take_for_missing_are_words(tmp_path):
+    path = tmp_path / "a [1].csv"  # and brackets in a file name are brackets
+    path.write_text("text,label\nNA,None\nnull,NA\nsome words,None\n" + "more words,NA\n" * 9)
+    word_id = {"<pad>": 0, "<unk>": 1, "<sep>": 2}
+    assert load_task(str(path), None, None, 64, word_id)[1] == ["NA", "None"]
+    assert {"na", "null"} <= set(word_id)
+
+
 def test_columns_are_found_by_name_and_type_or_named(tmp_path):
     rows = [{"question": f"what {i}", "coarse": i % 2, "fine": f"f{i % 3}", "n": i} for i in range(30)]
     write(tmp_path, "train.jsonl", rows)
@@ -337,10 +361,10 @@ def test_an_unreadable_json_line_is_named_by_its_number(tmp_path, line, reason):
             [{"text": "a", "label": "x"}, {"text": "b", "label": None}],
             "example 2 of the train split .* no label",
         ),
-        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "holds float64"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "holds float64.* empty"),
         ([{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}], "label"),
         ([{"text": 1, "label": "x"}, {"text": 2, "label": "y"}], "--text_columns"),
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}] * 9, "single class, 'x'"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}] * 9, "single class .* has x"),
         ([{"label": "x"}, {"label": "y"}], "--text_columns"),
         ([{"text": "a"}, {"text": "b"}], "--label_column"),
         ([], "cannot load|empty"),
@@ -353,8 +377,11 @@ def test_unusable_rows_are_refused_with_the_reason(tmp_path, rows, reason):
 
 
 def test_missing_things_are_refused_at_once(tmp_path):
-    for spec in ("reviews:book", str(tmp_path / "none"), "./none.jsonl", "none.csv", "../none"):
-        with pytest.raises(InputError, match="none|book"):
+    for spec in ("reviews:book", str(tmp_path / "none"), "./none.jsonl", "none.csv", "../none", ""):
+        with pytest.raises(InputError, match="none|book|no such file or folder: ''"):
             load(spec)
-    with pytest.raises(InputError, match="n_target 99 is larger than the 20"):
+    (tmp_path / "here.tsv").write_text("text\tlabel\n")
+    with pytest.raises(InputError, match="only .jsonl, .json, .csv and .parquet"):  # and not asked of the hub
+        load(tmp_path / "here.tsv")
+    with pytest.raises(InputError, match="n_target 99: .* has 20 training"):
         prepare(small_task(tmp_path, train=20, validation=5, test=5), "none", 99, 64, 1000)
