@@ -248,12 +248,12 @@ def train(args):
     check(args)
     sizes = unit_sizes(args.d_model, args.n_head)
     data = load(args)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
-    writes = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
 
     # ---- model, gates and optimizer, new or as the interrupted run left them
     model, gates, optimizer, first, (best, history, structure, expected) = build(args, data, checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
+    writes = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
     tasks = {"target": data.train} | ({"auxiliary": data.aux} if data.aux else {})
     order = {task: batch_order(tasks[task], args.batch_size, stream(task, args)) for task in tasks}
     full_weight = args.aux_weight if data.aux else 0.0

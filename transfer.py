@@ -297,7 +297,7 @@ def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, la
     splits, names, notes = load_task(target, text_columns, column[0], max_length, word_id)
     train, labels, second = splits["train"], {"target": names}, None
     if n_target > len(train.label):
-        raise InputError(f"n_target {n_target}: {target} has {len(train.label)} training examples")
+        raise InputError(f"n_target {n_target}: there are {len(train.label)} training examples; 0 takes all")
     train = train.take(limited_subset(train.label, n_target, seed)) if n_target else train
     if len(set(train.label)) < 2:
         raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")

@@ -353,7 +353,7 @@ BAD = [
     (["--steps", "ten"], "steps"),
     (["--coupling", "add"], "coupling"),
     (["--aux_wieght", "1"], "aux_wieght"),
-    (["--n_target", "7000"], "n_target 7000: .* has 6000"),
+    (["--n_target", "7000"], "n_target 7000: .* 6000"),
     (["--n_target", "1"], "one class"),
     (["--target", "reviews:book"], "reviews:restaurant"),
     (["--target", "./none"], "no such file"),
@@ -388,6 +388,7 @@ def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path):
         (["--wrong", "1"], "--wrong"),
         (["--steps"], "steps"),
         (["--out_dir", tmp_path / "file" / "out"], "file/out"),
+        (["--d_model", "100000000"], "memory"),
     ):
         done = command(*flags, cwd=tmp_path)
         assert done.returncode == 2

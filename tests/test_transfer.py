@@ -383,5 +383,5 @@ def test_missing_things_are_refused_at_once(tmp_path):
     (tmp_path / "here.tsv").write_text("text\tlabel\n")
     with pytest.raises(InputError, match="only .jsonl, .json, .csv and .parquet"):  # and not asked of the hub
         load(tmp_path / "here.tsv")
-    with pytest.raises(InputError, match="n_target 99: .* has 20 training"):
+    with pytest.raises(InputError, match="n_target 99: .* 20 training"):
         prepare(small_task(tmp_path, train=20, validation=5, test=5), "none", 99, 64, 1000)
