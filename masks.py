@@ -74,9 +74,8 @@ class Gates(nn.Module):
 
     def random(self, seed):
         """Random numbers in place of P(open), for a control with a random structure."""
-        generator = torch.Generator().manual_seed(seed)
-        draw = torch.rand(self.log_alpha.shape, generator=generator).to(self.log_alpha.device)
-        return Z(draw[:, :-2], draw[:, -1])
+        u = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(seed)).to(self.log_alpha)
+        return Z(u[:, :-2], u[:, -1])
 
     @torch.no_grad()
     def clamp_(self):
@@ -91,10 +90,9 @@ def make_optimizer(model, gates, args):
     of the controller changes its sign often.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "lr": args.lr, "weight_decay": args.weight_decay},
-        {"params": vectors, "lr": args.lr},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "lr": args.lr},
         {"params": [gates.log_alpha], "lr": args.gate_lr, "betas": (0.5, 0.9)},
         {"params": [gates.lambdas], "lr": LAMBDA_LR, "maximize": True},
     ]

@@ -263,6 +263,8 @@ def load_task(spec, text_columns, label_column, max_length, word_id, optional=No
         # a hash in place of a random number: equal texts stay together
         draw = np.array([zlib.crc32(text + split.encode()) for text in splits["train"].texts()])
         keep = draw > np.sort(draw)[max(1, len(draw) // 10) - 1]
+        if len(set(splits["train"].label[keep])) < 2:  # very few different texts: rows have to be divided
+            keep = np.random.default_rng(0).permutation(len(draw)) >= max(1, len(draw) // 10)
         splits["train"], splits[split] = splits["train"].take(keep), splits["train"].take(~keep)
     if len(set(splits["train"].label)) < 2:
         raise InputError(f"a single class to train on in {spec}, which has {', '.join(label_id)[:60]}")
