@@ -132,8 +132,8 @@ def yardstick():
             predicted = fitted.predict(vectorizer.transform(texts(data, data.test)))
             f1 = f1_score(data.test.label, predicted, average="macro")
             accuracy = float((predicted == data.test.label).mean())
-            row = {"setting": f"{target}, {n or 'all'} labels", "seed": seed, "test_accuracy": accuracy, "test_macro_f1": f1}
-            append("yardstick", row)
+            scores = {"test_accuracy": accuracy, "test_macro_f1": f1}
+            append("yardstick", {"setting": f"{target}, {n or 'all'} labels", "seed": seed, **scores})
 
 
 # ----------------------------------------------------------------------------- tables

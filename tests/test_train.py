@@ -265,7 +265,10 @@ def series_rows(validation, test):
 
 @pytest.mark.parametrize(
     "validation, chosen",
-    [((0.7, 0.9, 0.8), "aux_weight 0.5; its best network on validation is out/seed1/"), ((0.6, 0.4, 0.7), "aux_weight 0;")],
+    [
+        ((0.7, 0.9, 0.8), "aux_weight 0.5; its best network on validation is out/seed1/"),
+        ((0.6, 0.4, 0.7), "aux_weight 0;"),
+    ],
 )
 def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsys, validation, chosen):
     """The interval of three differences by hand, and a choice that test accuracies cannot move."""
