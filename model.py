@@ -87,14 +87,14 @@ class Block(nn.Module):
             self.down = nn.Linear(4 * d_model, d_model, bias=False)
 
     def attention(self, x, attn_mask, z):
-        """x: (B, T, C), attn_mask: (B, 1, 1, T) True where a token may be looked at, z: (H D,) gates or None.
+        """x: (B, T, C); attn_mask: (B, 1, 1, T) added to the scores, or None; z: (H D,) gates or None.
 
         A gate multiplies its head's context. Multiplying the columns of the output matrix that read this
         context is the same product and cheaper, since there are more tokens than rows of the matrix.
         """
         B, T, _ = x.shape
         qkv = linear(self.attn_norm(x), self.qkv.weight).view(B, T, 3, self.n_head, self.d_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, T, D)
         out = self.out.weight if z is None else self.out.weight * z  # (C, H D)
         return linear(y.transpose(1, 2).reshape(B, T, -1), out)  # (B, T, C)
@@ -138,8 +138,9 @@ class GatedTransformer(nn.Module):
         """
         B, T = ids.shape
         real = ids != PAD  # (B, T)
-        attn_mask = None if bool(real.all()) else real.view(B, 1, 1, T)
         x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
+        # numbers, because torch would convert booleans in every layer anew
+        attn_mask = None if bool(real.all()) else torch.where(real, 0.0, -torch.inf).to(x).view(B, 1, 1, T)
         L = len(self.blocks)
         head = ffn = [None] * L
         if z is not None:

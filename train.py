@@ -127,6 +127,7 @@ def rank_and_world():
 def average(gradients):
     """Replace each gradient by its mean over all processes, in one exchange."""
     if dist.is_initialized():
+        gradients = list(gradients)
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
@@ -153,15 +154,13 @@ def task_loss(model, gates, task, examples, order, step, args):
 
 
 def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
-    """Fill .grad of every parameter with the coupled gradients.
+    """Fill .grad of every parameter, empty before, with the coupled gradients.
 
     loss_aux: already weighted; None = no transfer at this step.
     """
-    model.zero_grad()
-    gates.zero_grad()
     if loss_target.requires_grad or penalty.requires_grad:
         (loss_target + penalty).backward()
-        average([p.grad for p in (*model.parameters(), *gates.parameters()) if p.grad is not None])
+        average(p.grad for p in (*model.parameters(), *gates.parameters()) if p.grad is not None)
     if loss_aux is not None:
         weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
         reached = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
@@ -285,6 +284,7 @@ def train(args):
         if active:
             expected = sparsity(gates.prob_open(), *sizes)
             penalty = lagrangian(expected, wanted, gates.lambdas)
+        optimizer.zero_grad()
         backward(model, gates, bool(active), loss_target, penalty, loss_aux, args)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,

@@ -76,6 +76,7 @@ def our_step(d_model, n_layer, tokens, pruning=True):
             penalty = lagrangian(
                 sparsity(gates.prob_open(), *unit_sizes(args.d_model, args.n_head)), 0.3, gates.lambdas
             )
+        optimizer.zero_grad()
         loop.backward(model, gates, pruning, loss_target, penalty, loss_aux, args)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
