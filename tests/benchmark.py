@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train as loop
-from masks import Gates, Z, lagrangian, select, sparsity, unit_sizes
+from experiments import rows
+from masks import Gates, Z, lagrangian, sparsity, unit_sizes
 from model import Config, Examples, GatedTransformer, extract, latency_ms, onednn, prunable
 from transfer import batch_order
 
@@ -176,16 +177,15 @@ def multiply_adds(model, tokens):
 
 
 def extracted_network():
-    print("\n3. extracted network: measured speed-up, and the ratio of multiply-adds that it should approach")
+    print("\n3. extracted network, structures learned by train.py: speed-up, and the ratio of multiply-adds")
+    learned = {row["setting"]: row for row in rows("structures")}
     for shape in SHAPES:
-        torch.manual_seed(0)  # the same structures every time
-        dense, args = network(*shape)
-        prob = Gates(shape[1], args.n_head).prob_open()
-        prob = Z(torch.rand_like(prob.head), torch.rand_like(prob.ffn))
-        for goal in (0.5, 0.7, 0.9):
-            small = extract(dense, select(prob, goal, *unit_sizes(args.d_model, args.n_head)))
+        dense = network(*shape)[0]
+        for cut in (0.5, 0.7, 0.9):
+            found = learned[f"d_model {shape[0]}, sparsity {cut}"]
+            small = extract(dense, Z(torch.tensor(found["heads_kept"]), torch.tensor(found["ffn_kept"])))
             ratio = multiply_adds(dense, shape[2]) / multiply_adds(small, shape[2])
-            row = f"   {shape} sparsity {goal}: multiply-adds {ratio:5.2f}x"
+            row = f"   {shape} sparsity {cut}: multiply-adds {ratio:5.2f}x"
             for batch in (1, 64):
                 ids = torch.randint(3, VOCAB, (batch, shape[2]))
                 slow, fast = latency_ms(
