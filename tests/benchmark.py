@@ -206,7 +206,9 @@ def share_of_peak():
         texts = random_texts(shape[2])
         order = batch_order(texts, BATCH, 0)
         tokens = sum(texts.batch(order(i))[0].numel() for i in range(10)) / 10
+        q, k, v = torch.randn(3, 64, 4, shape[2], shape[0] // 4)
         steps = {"torch": lambda: a @ b, "onednn": lambda: onednn(a, b), "step": our_step(*shape)}
+        steps["attention"] = lambda: F.scaled_dot_product_attention(q, k, v)
         ms = alternate(steps, 3 if shape[0] == 256 else 10)
         # 2 tasks, 3 passes (forward, and backward for inputs and for weights), 2 operations per multiply-add
         work = 2 * 3 * 2 * tokens * multiply_adds(network(*shape)[0], shape[2]) / shape[2]
@@ -216,7 +218,8 @@ def share_of_peak():
         )
         print(
             f"   {shape}: step {step:.0f}, {step / peaks[0]:.2f} of {peaks[0]:.0f}, "
-            f"{step / peaks[1]:.2f} of {peaks[1]:.0f}"
+            f"{step / peaks[1]:.2f} of {peaks[1]:.0f}; torch's attention, forward: "
+            f"{4 * q.numel() * shape[2] / ms['attention'] / 1e6:.0f}"
         )
 
 
