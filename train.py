@@ -1,4 +1,4 @@
-"""Prune a small transformer for one task while a second task helps: the whole run, from top to bottom.
+"""One run, from flags to report: prune a small transformer for a task while an auxiliary task teaches it.
 
     python train.py --aux_weight 0.5 --transfer_start 1000              # built-in pair of tasks, no download
     python train.py --aux_weight 0                                      # the same without transfer
@@ -8,17 +8,22 @@
     0 ............ prune_start ....... prune_start+prune_ramp ....... steps-finetune_steps ....... steps
     dense training | sparsity target rises | held at the target      | structure fixed, fine-tune  |
          transfer_start ........................................ transfer_stop
+
+Read `train` first; what it calls stands below it, in the order of the calls.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import math
+import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +32,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from masks import (Z, Gates, lagrangian, lr_at, make_optimizer, phase_at, select, sparsity, sparsity_at,
-                   unit_sizes, why_unreachable)
-from model import (UNK, Config, GatedTransformer, dropout_noise, evaluate, extract, interval, latency_ms,
-                   prunable, write)
-from transfer import InputError, aux_weight_at, batch_order, couple, prepare, transferred
-
-EVAL_EVERY = 100  # steps between two evaluations on the validation split
-CAUGHT = []  # signals that asked the process to stop; the loop ends between two steps
+import masks
+import model
+import transfer
+from transfer import InputError
 
 
 def parse_args(argv=None):
@@ -45,23 +46,28 @@ def parse_args(argv=None):
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task to solve: hub name[:config], folder or file")
-    add("--aux", default="reviews:film", help="task that helps, named in the same way; none = no second task")
-    add("--text_columns", nargs="+", help="text columns of the target, and of aux if it has them")
-    add("--label_column", nargs="+", help="label column of the target, and of aux if different")
+    add("--aux", help="auxiliary task, named in the same way; default: reviews:film for the default target, "
+        "else none")
+    add("--text_columns", nargs="+", help="text columns of the target, if several could be meant")
+    add("--label_column", help="label column of the target, if several could be meant")
+    add("--aux_text_columns", nargs="+", help="text columns of the auxiliary task, in the same way")
+    add("--aux_label_column", help="label column of the auxiliary task, in the same way")
     add("--n_target", type=int, default=200, help="labelled target examples to train on, >= 2; 0 = all")
     add("--max_length", type=int, default=64, help="words of a text that are read, 1 to 4096")
     add("--vocab_size", type=int, default=10000, help="words known, the most frequent ones, >= 4")
     # model
+    add("--init", help="start from this network, the pruned.pt of a run with --sparsity 0")
     add("--n_layer", type=int, default=4, help="layers, >= 1")
     add("--n_head", type=int, default=4, help="attention heads per layer, >= 1")
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
     add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, in [0, reachable)")
-    add("--prune_start", type=int, default=500, help="step at which the sparsity target starts to rise")
+    add("--prune_start", type=int, default=500, help="step at which the target sparsity starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
-    add("--structure", choices=["learned", "random"], default="learned", help="random: a control")
+    add("--structure", default="learned", help="learned, random, bottom, or another run's result.json")
+    add("--structure_seed", type=int, default=0, help="which of the random structures of a seed, 0 to 99")
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
@@ -79,13 +85,16 @@ def parse_args(argv=None):
     add("--label_smoothing", type=float, default=0.1, help="probability spread over all labels, 0 to 0.99")
     # run
     add("--seed", type=int, default=0, help="subset, initialisation, order and noise follow it, >= 0")
-    add("--resume", action="store_true", help="go on where the interrupted run of the same command stopped")
+    add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--checkpoint_every", type=int, default=500, help="steps between two checkpoints, >= 1")
     add("--seeds", type=int, default=1, help="runs, with seeds seed, seed + 1, ...; >= 1")
     add("--baseline", action="store_true", help="run every seed without transfer too, and compare")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.aux is None:  # a user's task trains alone unless a second one is named
+        args.aux = "reviews:film" if args.target == "reviews:restaurant" else "none"
+    return args
 
 
 def fail(message):
@@ -96,7 +105,7 @@ def check(args):
     """Raise InputError, with the reason, for settings that cannot work."""
     ones = "max_length n_layer n_head d_model batch_size prune_ramp finetune_steps checkpoint_every steps"
     lowest = dict.fromkeys(ones.split(), 1) | {"vocab_size": 4, "seeds": 1, "lr": 1e-9, "gate_lr": 1e-9}
-    highest = {"dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
+    highest = {"structure_seed": 99, "dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
     highest |= {"finetune_steps": args.steps, "target_start": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
@@ -112,64 +121,284 @@ def check(args):
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
         fail("torchrun needs a batch_size divisible by its processes, and neither --seeds nor --baseline")
-    # a random structure is cut in one step
-    window = math.inf if args.structure == "random" else args.steps - args.finetune_steps - args.prune_start
-    shape = args.n_layer, args.n_head, args.d_model
-    if reason := why_unreachable(args.sparsity, window, args.prune_ramp, args.gate_lr, *shape):
-        fail(reason)
+    if args.sparsity:
+        check_pruning(args)
+    given_structure(args)
 
 
-def rank_and_world():
-    """Number of this process and number of processes: (0, 1) unless started by torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def check_pruning(args):
+    """Raise InputError if the requested sparsity cannot be reached."""
+    sizes = model.unit_sizes(args.d_model, args.n_head)
+    closed = masks.Gates(args.n_layer, args.n_head)
+    torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
+    reachable = masks.sparsity(closed.prob_open(), *sizes).item()
+    if args.sparsity >= reachable:
+        fail(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
+    if (1 - args.sparsity) * args.n_layer * (args.n_head * sizes[0] + sizes[1]) < sizes[0]:
+        fail(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
+    steps = args.steps - args.finetune_steps - args.prune_start  # in which gates can move
+    closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
+    needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
+    if args.structure == "learned" and needed > steps:
+        fail(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} steps "
+             f"between prune_start and fine-tuning, not {steps}")
 
 
-def average(gradients):
-    """Replace each gradient by its mean over all processes, in one exchange."""
-    if dist.is_initialized():
-        gradients = list(gradients)
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
+# ----------------------------------------------------------------------------- the run
+
+EVAL_EVERY = 100  # steps between two evaluations on the validation split
+CAUGHT = []  # signals that asked the process to stop; the loop ends between two steps
 
 
-def stream(task, args):
-    """Seed of everything random about one task; it differs between tasks and between runs."""
-    return 2 * args.seed + (task == "auxiliary")
+def train(args):
+    """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
+    # ---- settings and data: everything that can be refused is refused before anything is written
+    began, out = time.time(), Path(args.out_dir)
+    check(args)
+    torch.set_float32_matmul_precision("medium")  # on a CPU: products by oneDNN, still in float32 precision
+    parent = read_parent(args)
+    data = load(args, parent.vocab if parent else [])
+    run = start(args, data, parent)  # new, or as the interrupted run left it
+
+    # ---- schedule and tasks
+    finetune_start = args.steps - args.finetune_steps
+    prune_start = args.prune_start if args.sparsity and args.structure == "learned" else finetune_start
+    sizes = model.unit_sizes(args.d_model, args.n_head)
+    target = Task("target", data.train, args)
+    auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
+    writes = rank_and_world()[0] == 0  # of several processes, one evaluates and writes
+    shows = writes and sys.stderr.isatty()
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=not shows)
+
+    # ---- the loop
+    for step in bar:
+        phase = phase_at(step, prune_start, finetune_start)
+        gates = run.gates if phase == "prune" else None  # the gates that are at work
+        if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
+            before = accuracies(run.net, run.gates.deterministic(), data, args.device)
+            run.structure = choose_structure(run.gates, args)
+            run.net = model.extract(run.net, run.structure)
+            after = accuracies(run.net, None, data, args.device)
+            run.cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
+            run.optimizer = weight_optimizer(run.net, args)  # Adam's averages had the old shapes
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
+
+        # what is minimised: the target's loss, the weighted auxiliary loss, the controller's penalty
+        aux_weight = transfer.aux_weight_at(step, args.aux_weight, args.transfer_start, args.transfer_stop)
+        loss_target = loss_aux = penalty = torch.zeros(())
+        target_sparsity = args.sparsity if phase == "finetune" else 0.0
+        if step >= args.target_start:
+            loss_target = task_loss(run.net, gates, target, step, args)
+        if auxiliary and aux_weight:
+            loss_aux = task_loss(run.net, gates, auxiliary, step, args)
+        if gates:
+            target_sparsity = masks.sparsity_at(step, args.sparsity, prune_start, args.prune_ramp)
+            gap = masks.sparsity(gates.prob_open(), *sizes) - target_sparsity
+            penalty = run.controller.penalty(gap)
+
+        # the two tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
+        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
+        g_target = gradients(loss_target, parameters)
+        g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
+        update = transfer.couple(g_target, g_aux, args.coupling)
+        update = transfer.couple(update, gradients(penalty, parameters), "sum")
+        for name, p in parameters.items():
+            p.grad = update.get(name)
+        norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+        terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": loss_aux.item(),
+                 "penalty": penalty.item(), "gradient_norm": norm.item()}
+        for name, term in terms.items():
+            if not math.isfinite(term):
+                fail(f"step {step}: {name} is {term}; try a lower --lr. The last checkpoint, if any, remains")
+        run.optimizer.step()
+        run.gate_optimizer.step()
+        if gates:
+            gates.clamp_()
+            run.controller.ascend(gap)
+        run.step = step + 1
+
+        # evaluation, the best network of the fine-tuning, checkpoint
+        bar.set_postfix(terms, phase=phase, refresh=False)
+        if writes and (run.step % EVAL_EVERY == 0 or run.step == args.steps):
+            scores = evaluate(run.net, data.validation, gates and gates.deterministic(), args.device)
+            row = {"step": run.step, "phase": phase, "aux_weight": aux_weight if auxiliary else 0.0, **terms,
+                   "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
+                   **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
+            run.history.append(row)
+            lines = "".join(json.dumps(row) + "\n" for row in run.history)
+            write(out / "history.jsonl", lambda file: file.write(lines.encode()))
+            if not shows:
+                print(f"step {run.step:5d}  {phase:8}  target loss {loss_target:.3f}  sparsity "
+                      f"{row['expected_sparsity']:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
+            score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
+            if phase == "finetune" and score > run.best_score:
+                run.best_score = score
+                run.best_weights = {name: p.clone() for name, p in run.net.state_dict().items()}
+        if writes and (run.step % args.checkpoint_every == 0 or CAUGHT):
+            save_checkpoint(run, args, data)
+        if CAUGHT:
+            raise KeyboardInterrupt(f"stopped after step {run.step}; the same command with --resume resumes it")
+
+    # ---- final report
+    if not writes:
+        return None
+    run.net.load_state_dict(run.best_weights)
+    result = {**summary(run, args, data), "seconds": time.time() - began}
+    write(out / "pruned.pt", run.net.save)
+    write(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return result
 
 
-def task_loss(model, gates, task, examples, order, step, args):
-    """Cross-entropy (nats per example) of one task's batch of this step, with noise of its own.
+@dataclass
+class State:
+    """What changes during a run; a checkpoint holds all of it."""
 
-    gates: None when every unit is open. Order and noise are functions of (seed, step, task): they never
-    depend on the other task, and every process draws those of the whole batch and takes its share.
+    net: model.GatedTransformer  # dense, and from the cut on the smaller one
+    gates: masks.Gates
+    controller: masks.Controller
+    optimizer: torch.optim.Optimizer  # of net
+    gate_optimizer: torch.optim.Optimizer
+    structure: masks.Z  # zeros and ones; all ones until it is chosen
+    step: int = 0  # steps done
+    history: list = field(default_factory=list)  # the rows of history.jsonl
+    best_score: tuple = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
+    best_weights: dict | None = None
+    cut: dict = field(default_factory=dict)  # accuracies before and after the cut
+
+
+MODULES = ("net", "gates", "controller", "optimizer", "gate_optimizer")  # what has a state_dict
+VALUES = ("structure", "step", "history", "best_score", "best_weights", "cut")
+
+
+def read_parent(args):
+    """The network that --init names, or None. Raises InputError unless it has the shape of this run's."""
+    if not args.init:
+        return None
+    try:
+        parent = model.GatedTransformer.load(args.init)
+    except Exception:  # whatever a missing, truncated or foreign file provokes
+        fail(f"init: {args.init} is not a network that train.py saved")
+    for name, wanted in shape(args).items():
+        if (found := getattr(parent.config, name)) != wanted:
+            fail(f"init: {args.init} has {name} {found}, not {wanted}; a pruned network cannot be a parent")
+    return parent
+
+
+def shape(args):
+    """The fields of model.Config that the flags determine, for the network before pruning."""
+    return {"max_length": args.max_length, "d_model": args.d_model, "d_head": args.d_model // args.n_head,
+            "heads": [args.n_head] * args.n_layer, "ffn": [1] * args.n_layer}
+
+
+@torch.no_grad()
+def inherit(net, parent):
+    """Copy the parent's weights into a network of the same shape, word embeddings by name.
+
+    The target's classifier starts anew; the auxiliary one is the parent's, if it answers the same question.
     """
-    rank, world = rank_and_world()
-    generator = torch.Generator(args.device).manual_seed(stream(task, args) * 10_000_019 + step)
-    z = None if gates is None else gates.sample(generator)
-    drop = dropout_noise(model, args.batch_size, args.dropout, generator)[rank::world]
-    ids, labels = examples.batch(order(step)[rank::world], args.device)
-    return F.cross_entropy(model(ids, task, z, drop), labels, label_smoothing=args.label_smoothing)
+    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(("token", "classifier"))}
+    if net.labels.get("auxiliary") == parent.labels["target"]:
+        for part in ("weight", "bias"):
+            state[f"classifier.auxiliary.{part}"] = getattr(parent.classifier["target"], part)
+    net.load_state_dict(state, strict=False)
+    for word in parent.vocab:
+        if word in net.word_id:
+            net.token.weight[net.word_id[word]] = parent.token.weight[parent.word_id[word]]
 
 
-def backward(model, gates, pruning, loss_target, penalty, loss_aux, args):
-    """Fill .grad of every parameter, empty before, with the coupled gradients.
+def load(args, parent_words):
+    """The Data of a run; prints what was found."""
+    target = transfer.Source(args.target, args.text_columns, args.label_column)
+    aux = transfer.Source(args.aux, args.aux_text_columns, args.aux_label_column, "aux_")
+    data = transfer.prepare(target, None if args.aux == "none" else aux, n_target=args.n_target,
+                            max_length=args.max_length, vocab_size=args.vocab_size, seed=args.seed,
+                            parent_words=parent_words)
+    if args.aux_shuffle and data.aux:
+        shuffled = np.random.default_rng(args.seed).permutation(data.aux.label)
+        data = data._replace(aux=data.aux._replace(label=shuffled))
+    if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
+        data.notes.append("no transfer: it starts after it stops, or after the last step")
+    if rank_and_world()[0] == 0:
+        print_data(args, data)
+    return data
 
-    loss_aux: already weighted; None = no transfer at this step.
-    """
-    if loss_target.requires_grad or penalty.requires_grad:
-        (loss_target + penalty).backward()
-        average(p.grad for p in (*model.parameters(), *gates.parameters()) if p.grad is not None)
-    if loss_aux is not None:
-        weights = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
-        reached = transferred(weights, [gates.log_alpha] if pruning else [], args.transfer)
-        reached = [*reached, *model.classifier["auxiliary"].parameters()]  # they learn in any case
-        g_aux = torch.autograd.grad(loss_aux, reached, materialize_grads=True)
-        average(g_aux)
-        g_target = [torch.zeros_like(p) if p.grad is None else p.grad for p in reached]
-        for p, g in zip(reached, couple(g_target, g_aux, args.coupling)):
-            p.grad = g
+
+def print_data(args, data):
+    """What was decided about the data, in a few lines: nothing is guessed in silence."""
+    for task, spec in (("target", args.target), ("auxiliary", args.aux)):
+        if task in data.record:
+            about = data.record[task]
+            counts = ", ".join(f"{n} {split}" for split, n in about["examples"].items())
+            print(f"{task} {spec}: {counts} examples; text from {' and '.join(about['text_columns'])}, "
+                  f"label from {about['label_column']}")
+            for split, origin in about["splits"].items():
+                if origin != spec:
+                    print(f"  {split}: {origin}")
+            print(f"  {len(about['labels'])} classes: {', '.join(about['labels'])[:60]}")
+    unknown = data.record["unknown"]
+    print(f"{len(data.vocab)} known words; unknown are {unknown['train']:.1%} of the words in training, "
+          f"{unknown['test']:.1%} in test")
+    for note in data.notes:
+        print(f"note: {note}")
+
+
+def start(args, data, parent=None):
+    """The State of a new run or, with --resume, of the interrupted one. Makes the output folder its own."""
+    torch.manual_seed(args.seed)
+    net = dense_network(args, data)
+    if parent:
+        inherit(net, parent)
+    out, saved = Path(args.out_dir), None
+    if args.resume and (out / "checkpoint.pt").exists():
+        saved = read_checkpoint(out / "checkpoint.pt", args, data)
+        net = model.GatedTransformer(model.Config(**saved["config"]), data.vocab, data.labels).to(args.device)
+    gates = masks.Gates(args.n_layer, args.n_head).to(args.device)
+    # a short memory, because the push of the controller changes its sign often
+    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
+    opened = masks.Z(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))
+    controller = masks.Controller(args.gate_lr).to(args.device)
+    run = State(net, gates, controller, weight_optimizer(net, args), gate_optimizer, opened)
+    if saved:
+        for name in MODULES:
+            getattr(run, name).load_state_dict(saved[name])
+        for name in VALUES:
+            setattr(run, name, saved[name])
+        run.structure = masks.Z(*run.structure)
+    elif rank_and_world()[0] == 0:
+        clear(out, args.resume)
+    return run
+
+
+def clear(out, resume):
+    """Make the folder of a new run, and remove what an earlier run left there: a folder belongs to one run."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("checkpoint.pt", "history.jsonl", "pruned.pt", "result.json")
+    old = [out / name for name in names if (out / name).exists()]
+    if resume:
+        print(f"note: {out / 'checkpoint.pt'} is not there: starting at step 0")
+    if old:
+        print(f"note: the earlier run in {out} is overwritten")
+    for file in old:
+        file.unlink()
+    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
+
+
+def dense_network(args, data):
+    """The network before pruning, with random weights."""
+    config = model.Config(vocab_size=len(data.vocab), **shape(args))
+    try:
+        return model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
+    except (RuntimeError, MemoryError) as error:  # the shapes fit together: only memory can be missing
+        fail(f"no memory for a network of d_model {args.d_model} and {args.n_layer} layers: {error}")
+
+
+def weight_optimizer(net, args):
+    """AdamW for the weights of a network: matrices are decayed, norms and biases are not."""
+    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=args.lr, betas=(0.9, 0.98), fused=True)
 
 
 def essential(flags):
@@ -179,187 +408,272 @@ def essential(flags):
 
 
 def setting(args, data):
-    """What a checkpoint and the run that continues it must share."""
-    arrays = [array for e in (data.train, data.validation, data.test, data.aux) if e for array in e]
-    return essential(vars(args)) | {"data": [data.vocab, [hashlib.sha256(a).hexdigest() for a in arrays]]}
+    """What a checkpoint and the run that resumes it must share: flags, data, and files that flags name."""
+    files = [path for path in (args.init, args.structure) if path and Path(path).is_file()]
+    contents = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files]
+    return essential(vars(args)) | {"data": fingerprints(data.record), "contents of init or structure": contents}
+
+
+def fingerprints(record):
+    """What identifies the texts and labels of a run: task -> split -> hash. record: a run's data in result.json."""
+    return {task: record[task]["fingerprint"] for task in ("target", "auxiliary") if task in record}
+
+
+def save_checkpoint(run, args, data):
+    """Write everything that the same command with --resume needs to end in the same bits."""
+    parts = {"setting": setting(args, data), "config": asdict(run.net.config)}
+    parts |= {name: getattr(run, name).state_dict() for name in MODULES}
+    parts |= {name: getattr(run, name) for name in VALUES} | {"structure": tuple(run.structure)}
+    write(Path(args.out_dir, "checkpoint.pt"), lambda file: torch.save(parts, file))
 
 
 def read_checkpoint(path, args, data):
-    """What the interrupted run wrote. Raises InputError if it cannot be continued with these flags."""
+    """What the interrupted run wrote. Raises InputError if it cannot be resumed with these flags and data."""
     try:
         saved = torch.load(path, map_location=args.device, weights_only=True)
         before = saved["setting"]
     except Exception:  # whatever a truncated or foreign file provokes
         fail(f"{path} is not a complete checkpoint of this program: delete it, or run without --resume")
-    if changed := [name for name, value in setting(args, data).items() if before.get(name) != value]:
+    now = setting(args, data)
+    if changed := [name for name in now if now[name] != before.get(name)]:
         fail(f"{path} was written with another {', '.join(changed)}: use the same, or run without --resume")
     return saved
 
 
-def load(args):
-    """The Data of a run; says on stdout what was found."""
-    data = prepare(args.target, args.aux, args.n_target, args.max_length, args.vocab_size, args.text_columns,
-                   args.label_column, args.seed)
-    if args.aux_shuffle and data.aux:
-        np.random.default_rng(args.seed).shuffle(data.aux.label)
-    if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append("no transfer: it starts after it stops, or after the last step")
-    if rank_and_world()[0] == 0:
-        print(f"{args.target}: {len(data.train.label)} training, {len(data.validation.label)} validation, "
-              f"{len(data.test.label)} test examples; labels {', '.join(data.labels['target'])[:60]}")
-        print(f"{len(data.vocab)} known words; unknown in test: {(data.test.tokens == UNK).mean():.1%}")
-        if data.aux:
-            print(f"{args.aux}: {len(data.aux.label)} auxiliary examples")
-        print("".join(f"note: {note}\n" for note in data.notes), end="")
-    return data
+def write(path, save):
+    """Write a file so that, whatever fails, it is complete or as before, and nothing temporary stays.
+
+    save: a function that writes into a binary file. Raises OSError when the disk is full or the folder gone.
+    """
+    save(content := io.BytesIO())
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def dense_network(args, data):
-    """The network before pruning, with random weights."""
-    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
-    config = Config(len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head, heads, ffn)
-    return GatedTransformer(config, data.vocab, data.labels).to(args.device)
+# ----------------------------------------------------------------------------- one step
+
+WARMUP = 100  # steps in which the learning rate rises to its full value
 
 
-def build(args, data, path):
-    """Model, gates, optimizer and running values of the loop: new, or as the checkpoint at path has them."""
-    torch.manual_seed(args.seed)
-    model, gates = dense_network(args, data), Gates(args.n_layer, args.n_head).to(args.device)
-    optimizer = make_optimizer(model, gates, args)
-    opened = torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer)
-    first, running = 0, (None, [], opened, torch.zeros(()))  # best, history, structure, expected
-    if args.resume != path.exists():
-        print(f"note: {path}", "is not there: starting at step 0" if args.resume else "will be overwritten")
-    if args.resume and path.exists():
-        saved = read_checkpoint(path, args, data)
-        model = GatedTransformer(Config(**saved["config"]), data.vocab, data.labels).to(args.device)
-        optimizer = make_optimizer(model, gates, args)  # of the network as it was: dense, or cut out
-        for part, name in (model, "model"), (gates, "gates"), (optimizer, "optimizer"):
-            part.load_state_dict(saved[name])
-        first, running = saved["step"], saved["running"]
-    return model, gates, optimizer, first, running
+class Task:
+    """A task as the loop sees it: a batch for every step, which depends on nothing but the seed."""
+
+    def __init__(self, name, examples, args):
+        self.name, self.examples = name, examples  # name: "target" or "auxiliary", as in net.classifier
+        self.order = transfer.batch_order(examples, args.batch_size, noise_seed(args.seed, name, 0))
 
 
-def train(args):
-    """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
-    # ---- settings and data: everything that can be refused is refused before anything is written
-    began, out, checkpoint = time.time(), Path(args.out_dir), Path(args.out_dir, "checkpoint.pt")
-    check(args)
-    sizes = unit_sizes(args.d_model, args.n_head)
-    data = load(args)
+def phase_at(step, prune_start, finetune_start):
+    """Name of the phase of a run that `step` belongs to: "dense", "prune" or "finetune"."""
+    if step >= finetune_start:
+        return "finetune"
+    return "prune" if step >= prune_start else "dense"
 
-    # ---- model, gates and optimizer, new or as the interrupted run left them
-    model, gates, optimizer, first, (best, history, structure, expected) = build(args, data, checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
-    writes = rank_and_world()[0] == 0  # of several processes, one writes and evaluates
-    tasks = {"target": data.train} | ({"auxiliary": data.aux} if data.aux else {})
-    order = {task: batch_order(tasks[task], args.batch_size, stream(task, args)) for task in tasks}
-    full_weight = args.aux_weight if data.aux else 0.0
-    finetune_start = args.steps - args.finetune_steps
-    prune_start = args.prune_start if args.sparsity and args.structure == "learned" else finetune_start
 
-    # ---- the loop
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None if writes else True)
-    for step in bar:
-        phase = phase_at(step, prune_start, finetune_start)
-        active = gates if phase == "prune" else None  # the gates that are at work
-        if args.sparsity and step == finetune_start:  # the structure is chosen and cut out
-            prob = gates.prob_open() if args.structure == "learned" else gates.random(args.seed)
-            structure = select(prob, args.sparsity, *sizes)  # a Z of zeros and ones
-            model = extract(model, structure)
-            optimizer = make_optimizer(model, gates, args)  # Adam's averages had the old shapes
-        for group in optimizer.param_groups[:2]:  # the weights; gates keep their rates
-            group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
+def choose_structure(gates, args):
+    """The 0/1 structure, a Z, that --structure and --sparsity ask for."""
+    prob = gates.prob_open()
+    if args.structure == "random":
+        generator = torch.Generator().manual_seed(100 * args.seed + args.structure_seed)
+        prob = masks.Z(*(torch.rand(p.shape, generator=generator).to(p) for p in prob))
+    elif args.structure == "bottom":
+        height = torch.linspace(1, 0, args.n_layer, device=args.device)
+        prob = masks.Z(height.view(-1, 1).expand(prob.head.shape), height)
+    elif given := given_structure(args):
+        return given
+    return masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, args.n_head))
 
-        # the objective: target loss + Lagrangian, and the weighted auxiliary loss
-        aux_weight = aux_weight_at(step, full_weight, args.transfer_start, args.transfer_stop)
-        wanted = sparsity_at(step, args.sparsity, args.prune_start, args.prune_ramp)
-        loss_target, loss_aux, penalty = torch.zeros(()), None, torch.zeros(())
-        if step >= args.target_start:
-            loss_target = task_loss(model, active, "target", data.train, order["target"], step, args)
-        if aux_weight:
-            loss_aux = task_loss(model, active, "auxiliary", data.aux, order["auxiliary"], step, args)
-            loss_aux = aux_weight * loss_aux
-        if active:
-            expected = sparsity(gates.prob_open(), *sizes)
-            penalty = lagrangian(expected, wanted, gates.lambdas)
-        optimizer.zero_grad()
-        backward(model, gates, bool(active), loss_target, penalty, loss_aux, args)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        terms = {"loss_target": loss_target, "loss_aux": loss_aux, "lagrangian": penalty,
-                 "expected_sparsity": expected, "gradient_norm": norm,
-                 "lambda1": gates.lambdas[0], "lambda2": gates.lambdas[1]}
-        terms = {name: 0.0 if term is None else term.item() for name, term in terms.items()}
-        if wrong := [f"{name} is {term}" for name, term in terms.items() if not math.isfinite(term)]:
-            fail(f"step {step}: {wrong[0]}; try a lower --lr. The last checkpoint, if any, is still there")
-        optimizer.step()
-        gates.clamp_()
 
-        # evaluation and checkpoint
-        bar.set_postfix(dict(list(terms.items())[:4]), phase=phase, refresh=False)
-        done = step + 1
-        if writes and (done % EVAL_EVERY == 0 or done == args.steps):
-            z = gates.deterministic() if active else None
-            scores = evaluate(model, data.validation, z, args.device)
-            scores = {f"validation_{name}": score for name, score in scores.items()}
-            row = {"step": done, "phase": phase, "aux_weight": aux_weight, "wanted_sparsity": wanted}
-            if active:
-                row["deterministic_sparsity"] = sparsity(Z(z.head > 0, z.ffn > 0), *sizes).item()
-            history.append(row | terms | scores)
-            (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-            score = scores["validation_accuracy"], -scores["validation_loss"]
-            if phase == "finetune" and (best is None or score > best[0]):
-                best = score, {name: p.clone() for name, p in model.state_dict().items()}
-        if writes and (done % args.checkpoint_every == 0 or CAUGHT):
-            write(checkpoint, {
-                "setting": setting(args, data), "config": asdict(model.config), "model": model.state_dict(),
-                "gates": gates.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                "running": (best, history, tuple(structure), expected.detach())})
-        if CAUGHT:
-            raise KeyboardInterrupt(f"stopped after step {done}; the same command with --resume goes on")
+def given_structure(args):
+    """The structure, a Z, in the result.json that --structure names, or None if it names a rule.
 
-    # ---- final report
-    if not writes:
+    Raises InputError unless it has the shape and the requested sparsity of this run.
+    """
+    if args.structure in ("learned", "random", "bottom"):
         return None
-    model.load_state_dict(best[1])
-    measured = {"validation_accuracy": best[0][0], "expected_sparsity": expected.item()}
-    result = summary(args, data, model, structure) | measured | {"seconds": time.time() - began}
-    model.save(out / "pruned.pt")
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    checkpoint.unlink(missing_ok=True)
-    return result
+    try:
+        result = json.loads(Path(args.structure).read_text())
+        head, ffn = (torch.tensor(result[key], device=args.device).float() for key in ("heads_kept", "ffn_kept"))
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
+    if head.shape != (args.n_layer, args.n_head) or ffn.shape != (args.n_layer,):
+        fail(f"structure: {args.structure} has {len(ffn)} layers of {head.shape[-1]} heads, this run has "
+             f"{args.n_layer} of {args.n_head}")
+    if result["target_sparsity"] != args.sparsity:
+        fail(f"structure: {args.structure} was chosen for sparsity {result['target_sparsity']}, not {args.sparsity}")
+    return masks.Z(head, ffn)
 
 
-def summary(args, data, model, structure):
-    """What result.json says about the finished network. structure: 0/1, (L, H) and (L,)."""
-    dense, folder = dense_network(args, data), Path(__file__).absolute().parent
-    status, commit = subprocess.getstatusoutput(f"git -C '{folder}' rev-parse --short HEAD")
-    sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
-    slow, fast = latency_ms([dense, model], sample)
+def lr_at(step, lr, finetune_start, steps):
+    """Learning rate of the weights: linear warm-up, constant, linear to zero while fine-tuning."""
+    return lr * min((step + 1) / WARMUP, 1, (steps - step) / (steps - finetune_start))
+
+
+def noise_seed(seed, task, step):
+    """Seed of everything random about the batch of one task ("target" or "auxiliary") at one step.
+
+    Distinct for every task and step of all runs with seeds below 200: they are spaced by more steps than a
+    run has, and stay below 2**32, since torch's CPU generator reads no further bits of a seed.
+    """
+    return (2 * seed + (task == "auxiliary")) * 10_000_000 + step
+
+
+def task_loss(net, gates, task, step, args):
+    """Cross-entropy (nats per example, with label smoothing) of one task's batch of this step.
+
+    gates: None when every unit is open. Order and noise are functions of (seed, task, step): they never
+    depend on the other task, and every process draws those of the whole batch and takes its share.
+    """
+    rank, world = rank_and_world()
+    share = slice(rank, None, world)
+    generator = torch.Generator(args.device).manual_seed(noise_seed(args.seed, task.name, step))
+    z = gates.sample(generator) if gates else None
+    drop = model.dropout_noise(net, args.batch_size, args.dropout, generator, share)
+    ids, labels = task.examples.batch(task.order(step)[share], args.device)
+    return F.cross_entropy(net(ids, task.name, z, drop), labels, label_smoothing=args.label_smoothing)
+
+
+def gradients(loss, parameters):
+    """name -> gradient of `loss`, the mean over all processes, for the parameters that it depends on.
+
+    parameters: name -> parameter. A constant loss, such as the 0 of a task that is not at work, gives {}.
+    """
+    if not loss.requires_grad:
+        return {}
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = {name: g for name, g in zip(parameters, found) if g is not None}
+    if dist.is_initialized():
+        flat = torch.cat([g.flatten() for g in found.values()])  # one exchange for all
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([g.numel() for g in found.values()])
+        found = {name: mean.view_as(found[name]) for name, mean in zip(found, means)}
+    return found
+
+
+def rank_and_world():
+    """Number of this process and number of processes: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ----------------------------------------------------------------------------- measuring and reporting
+
+
+@torch.no_grad()
+def evaluate(net, examples, z, device):
+    """Scores of the target task, a dict. z: gates or None.
+
+    accuracy, macro_f1 (the mean over classes that occur or are predicted), loss (nats per example, without
+    label smoothing); precision, recall and f1 of every class; confusion (true class, predicted class).
+    """
+    order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
+    parts = np.array_split(order, max(1, len(order) // 256))
+    logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts])
+    labels = torch.from_numpy(examples.label[order]).long().to(device)
+    C = logits.shape[1]
+    confusion = torch.bincount(labels * C + logits.argmax(1), minlength=C * C).view(C, C).double()
+    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    f1 = 2 * hits / (true + predicted)  # nan for a class that neither occurs nor is predicted
     return {
-        **{f"test_{name}": score for name, score in evaluate(model, data.test, None, args.device).items()},
-        "target_sparsity": args.sparsity, "delivered_sparsity": 1 - prunable(model) / prunable(dense),
-        "heads_kept": structure[0].int().tolist(), "ffn_kept": structure[1].int().tolist(),
-        "params_dense": sum(p.numel() for p in dense.parameters()),
-        "params_pruned": sum(p.numel() for p in model.parameters()),
-        "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
-        "seed": args.seed, "notes": data.notes, "args": vars(args),
-        "torch": torch.__version__, "commit": None if status else commit,
+        "accuracy": (hits.sum() / true.sum()).item(),
+        "macro_f1": f1.nanmean().item(),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "precision": (hits / predicted).nan_to_num(0).tolist(),
+        "recall": (hits / true).nan_to_num(0).tolist(),
+        "f1": f1.nan_to_num(0).tolist(),
+        "confusion": confusion.long().tolist(),
     }
+
+
+def accuracies(net, z, data, device):
+    """Accuracy on the validation and on the test split."""
+    splits = {"validation": data.validation, "test": data.test}
+    return {name: evaluate(net, examples, z, device)["accuracy"] for name, examples in splits.items()}
+
+
+@torch.no_grad()
+def gate_numbers(run, gates, sizes):
+    """What history.jsonl says about the gates. gates: None when none is at work; sizes: of model.unit_sizes."""
+    prob = gates.prob_open() if gates else run.structure
+    z = gates.deterministic() if gates else run.structure
+    return {
+        "expected_sparsity": masks.sparsity(prob, *sizes).item(),
+        "deterministic_sparsity": masks.sparsity(masks.Z(z.head > 0, z.ffn > 0), *sizes).item(),
+        "lambda1": run.controller.lambda1.item(),
+        "prob_open": {name: p.double().round(decimals=4).tolist() for name, p in prob._asdict().items()},
+    }
+
+
+@torch.no_grad()
+def latency_ms(nets, ids, repeats=50):
+    """Median milliseconds of a forward pass of ids (B, T), for each network; the networks take turns."""
+    times = [[] for _ in nets]
+    for _ in range(repeats):
+        for net, seconds in zip(nets, times):
+            start = time.perf_counter()
+            net(ids, "target").cpu()
+            seconds.append(time.perf_counter() - start)
+    return [1000 * statistics.median(seconds) for seconds in times]
+
+
+def summary(run, args, data):
+    """What result.json says about the finished network."""
+    dense = dense_network(args, data)
+    sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
+    slow, fast = latency_ms([dense, run.net], sample)
+    prob, sizes = run.gates.prob_open(), model.unit_sizes(args.d_model, args.n_head)
+    scores, n = evaluate(run.net, data.test, None, args.device), len(data.test.label)
+    git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True)
+    return {
+        **{f"test_{name}": score for name, score in scores.items()},
+        "test_interval": wilson(scores["accuracy"], n), "test_majority": np.bincount(data.test.label).max() / n,
+        "label_order": data.labels["target"],
+        "validation_accuracy": run.best_score[0], **run.cut, "target_sparsity": args.sparsity,
+        "expected_sparsity": masks.sparsity(prob, *sizes).item(),
+        "delivered_sparsity": 1 - model.prunable(run.net) / model.prunable(dense),
+        "heads_kept": run.structure.head.int().tolist(), "ffn_kept": run.structure.ffn.int().tolist(),
+        "prob_open": {name: p.tolist() for name, p in prob._asdict().items()},
+        "params_dense": sum(p.numel() for p in dense.parameters()),
+        "params_pruned": sum(p.numel() for p in run.net.parameters()),
+        "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
+        "data": data.record, "seed": args.seed, "notes": data.notes, "args": vars(args),
+        "torch": torch.__version__, "commit": commit.stdout.strip() or None,
+    }
+
+
+def wilson(share, n):
+    """95 % interval of a share that was counted in n cases (Wilson 1927), as (low, high)."""
+    z2 = 1.96**2 / n
+    centre, half = share + z2 / 2, (z2 * share * (1 - share) + z2**2 / 4) ** 0.5
+    return (centre - half) / (1 + z2), (centre + half) / (1 + z2)
 
 
 def report(result):
     """Print what a reader of result.json would look for first."""
-    print(f"test accuracy {result['test_accuracy']:.3f}   macro-F1 {result['test_macro_f1']:.3f}   "
-          f"(validation accuracy {result['validation_accuracy']:.3f})")
-    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, asked {result['target_sparsity']:.3f}; "
+    low, high = result["test_interval"]
+    print(f"test accuracy {result['test_accuracy']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]   macro-F1 "
+          f"{result['test_macro_f1']:.3f}   validation accuracy {result['validation_accuracy']:.3f}")
+    print(f"(always answering the most frequent class: {result['test_majority']:.3f})")
+    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested {result['target_sparsity']:.3f}; "
           f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left")
+    if "accuracy_before_cut" in result:
+        print(f"test accuracy before the cut {result['accuracy_before_cut']['test']:.3f}, right after it "
+              f"{result['accuracy_after_cut']['test']:.3f}")
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
     print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for up to 32 texts, "
           f"{result['speedup']:.1f} times faster; the whole run took {result['seconds']:.0f} s")
     print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
+
+
+# ----------------------------------------------------------------------------- several seeds
 
 
 def series(args):
@@ -368,45 +682,85 @@ def series(args):
     out_dir/results.jsonl keeps their rows; runs whose row is already there are not repeated. Returns
     {aux_weight: list of results in order of seed}.
     """
-    path, new = Path(args.out_dir, "results.jsonl"), Path(args.out_dir, "results.jsonl.tmp")
+    path = Path(args.out_dir, "results.jsonl")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    weights = [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]
     ours = [essential({**vars(args), "seed": 0, "aux_weight": weight}) for weight in (args.aux_weight, 0.0)]
     if any(essential({**row["args"], "seed": 0}) not in ours for row in rows):
         fail(f"{path} holds runs with other flags: use another --out_dir")
-    results = {}
+    if rows:
+        parent = read_parent(args)
+        now = fingerprints(load(args, parent.vocab if parent else []).record)
+        if any(fingerprints(row["data"]) != now for row in rows):
+            fail(f"{path} holds runs on other data: use another --out_dir")
+    results = {weight: [] for weight in weights}
     for seed in range(args.seed, args.seed + args.seeds):
-        for weight in [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]:
+        for weight in weights:
             folder = str(Path(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer")))
             changed = {"seed": seed, "seeds": 1, "baseline": False, "aux_weight": weight, "out_dir": folder}
             one = argparse.Namespace(**{**vars(args), **changed})
             row = next((row for row in rows if essential(row["args"]) == essential(vars(one))), None)
-            if row is None:
+            if row:
+                print(f"seed {seed}, aux_weight {weight:g}: the row in {path} is used again")
+            else:
                 rows.append(row := train(one))
-                new.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                new.replace(path)
-            results.setdefault(weight, []).append(row)
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                write(path, lambda file: file.write(lines.encode()))
+            results[weight].append(row)
     return results
 
 
-def report_series(results):
-    """Print mean, deviation and 95 % interval of each setting and of the difference paired by seed, and the
-    choice that validation data make: with transfer if its interval lies above 0 (its gain, for one seed).
+def interval(values):
+    """Mean, standard deviation and half-width of the 95 % t-interval of independent values (nan for one)."""
+    t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 degrees of freedom a little too wide
+    return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5
+
+
+def gains(results, split):
+    """Accuracy with transfer minus accuracy without, in points, paired by seed; [] without --baseline."""
+    pairs = zip(*results.values()) if len(results) == 2 else []
+    return [100 * (row[f"{split}_accuracy"] - alone[f"{split}_accuracy"]) for row, alone in pairs]
+
+
+def chosen_weight(results):
+    """The aux_weight that validation data choose: with transfer if the interval of its gain lies above 0 (for
+    one seed, its gain); test data have no say.
     """
-    chosen = list(results)[0]
+    weight = next(iter(results))
+    if len(results) == 1:
+        return weight
+    mean, _, half = interval(gains(results, "validation"))
+    return weight if mean > (0 if math.isnan(half) else half) else 0.0
+
+
+def report_series(results):
+    """Print means, deviations and intervals on both splits, and the network that validation data choose."""
     for split in ("validation", "test"):
-        lines = {f"aux_weight {w:g}": [100 * row[f"{split}_accuracy"] for row in results[w]] for w in results}
-        if len(lines) == 2:
-            lines["gain, paired by seed"] = [a - b for a, b in zip(*lines.values())]
+        lines = {f"aux_weight {weight:g}": [100 * row[f"{split}_accuracy"] for row in rows]
+                 for weight, rows in results.items()}
+        lines["gain, paired by seed"] = gains(results, split)
         for name, values in lines.items():
-            mean, deviation, half = interval(values)
-            spread = (f", standard deviation {deviation:.1f}, 95 % interval "
-                      f"[{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
-            print(f"{split:10}  {name:20}  {mean:5.1f} points{spread if len(values) > 1 else ''}")
-        if split == "validation" and len(results) == 2 and not mean > (half if len(values) > 1 else 0):
-            chosen = 0.0  # mean and half are those of the last line, the gain
-    best = max(results[chosen], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
-    advice = f"validation speaks for aux_weight {chosen:g}; its" if len(results) == 2 else "the"
+            if len(values) > 1:
+                mean, deviation, half = interval(values)
+                print(f"{split:10}  {name:20}  {mean:5.1f} points, standard deviation {deviation:.1f}, "
+                      f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
+            elif values:
+                print(f"{split:10}  {name:20}  {values[0]:5.1f} points")
+    weight = chosen_weight(results)
+    best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
+    advice = f"validation speaks for aux_weight {weight:g}; its" if len(results) == 2 else "the"
     print(f"{advice} best network on validation is {best}/pruned.pt")
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def catch(number, frame):
+    """The first signal stops the loop after its step, a second one stops at once."""
+    CAUGHT.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def main():
@@ -417,17 +771,15 @@ def main():
             if args.device.startswith("cuda"):
                 torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        else:  # the first signal stops the loop after its step, a second one stops at once
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda n, frame: (CAUGHT.append(n), signal.signal(n, signal.SIG_DFL)))
+        else:
+            signal.signal(signal.SIGINT, catch)
+            signal.signal(signal.SIGTERM, catch)
         check(args)
         if args.seeds > 1 or args.baseline:
             report_series(series(args))
         elif result := train(args):
             report(result)
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

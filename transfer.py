@@ -1,27 +1,29 @@
-"""The second task: where its examples come from, and when, what and how it may teach the network that is
-being pruned.
+"""Two tasks: what they say, and how the auxiliary one may teach the network that is pruned for the other.
 
-Upper half: three small functions for the three questions, `aux_weight_at` (when), `transferred` (what),
-`couple` (how). Lower half: data. `load_task` reads the built-in task or anything the `datasets` library
-loads; `prepare` turns a target and an auxiliary task into arrays of word ids, takes the limited training
-subset and drops auxiliary examples that would leak.
+First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what), `couple`
+(how). Then data: `reviews` is the built-in pair of tasks, `load_task` reads it or anything the `datasets`
+library loads, and `prepare` turns a target and an auxiliary task into arrays of word ids, takes the limited
+training subset and drops auxiliary examples that would leak. Last, the order of the batches.
 
 Left out on purpose: more than two tasks, tasks that are not classification, tokenizers other than words.
 """
 
+import hashlib
 import json
 import logging
 import os
 import random
-import zlib
+import re
+from array import array
 from functools import lru_cache
 from glob import escape
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import SPECIAL, UNK, Examples, tokenize
+from model import PAD, SPECIAL, UNK, normalise, words
 
 # ----------------------------------------------------------------------------- when, what, how
 
@@ -31,27 +33,43 @@ def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
     return aux_weight if transfer_start <= step < transfer_stop else 0.0
 
 
-def transferred(weights, gates, transfer):
-    """What: the shared parameters that the auxiliary gradient may touch, by the value of --transfer."""
-    return {"weights": weights, "gates": gates, "both": weights + gates}[transfer]
+def transferred(parameters, transfer):
+    """What: the parameters that the auxiliary gradient may touch, by the value of --transfer.
+
+    parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of them. The
+    auxiliary classifier always learns. Sharing by layer, say, is a condition on the name.
+    """
+    reached = {}
+    for name, p in parameters.items():
+        if name.startswith("classifier."):
+            allowed = name.startswith("classifier.auxiliary.")
+        else:
+            allowed = transfer == "both" or transfer == ("gates" if name == "log_alpha" else "weights")
+        if allowed:
+            reached[name] = p
+    return reached
 
 
 def couple(g_target, g_aux, coupling):
-    """How: combine two gradients, each a list of tensors of the same shapes, into the update direction.
+    """How: combine two gradients, each name -> tensor, into the update direction.
 
     "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
-    is negative: to first order, and before the optimiser rescales it, what is left does not harm the target.
-    One inner product over all tensors (with the gates the Lagrangian's part is in it). Auxiliary Task Update
-    Decomposition (Dery et al. 2021) weights three parts of g_aux by eta: orthogonal to g_target, along it,
-    and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis vector, is (1, 1, 0),
-    a one-sided form of the projection of Yu et al. 2020.
+    is negative: to first order, and before the optimizer rescales it, what is left does not harm the target.
+    One inner product over all that both gradients touch; what only one of them touches passes unchanged.
+    Auxiliary Task Update Decomposition (Dery et al. 2021) weights three parts of g_aux by eta: orthogonal to
+    g_target, along it, and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis
+    vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
-    if coupling == "project" and g_target:
-        dot = sum(torch.sum(a * t) for a, t in zip(g_aux, g_target))
-        norm = sum(torch.sum(t * t) for t in g_target)
-        scale = torch.where(dot < 0, dot / norm.clamp(min=1e-30), 0.0)
-        g_aux = [a - scale * t for a, t in zip(g_aux, g_target)]
-    return [t + a for t, a in zip(g_target, g_aux)]
+    both = [name for name in g_aux if name in g_target]
+    scale = 0.0
+    if coupling == "project" and both:
+        dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
+        norm = sum(torch.sum(g_target[name] ** 2) for name in both)
+        scale = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
+    update = {**g_target, **g_aux}
+    for name in both:
+        update[name] = g_target[name] + g_aux[name] - scale * g_target[name]
+    return update
 
 
 # ----------------------------------------------------------------------------- the built-in task
@@ -127,86 +145,318 @@ class InputError(Exception):
     """The user's input cannot be used; the message is one line that says what to change."""
 
 
-def bad_json_line(path):
-    """Where the first broken line of a JSONL file or folder is, as "file, line 7: reason", or None."""
-    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
-    for file in (f for f in inside or [path] if f.endswith(".jsonl") and os.path.isfile(f)):
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    json.loads(line.strip() or b"{}")
-                except ValueError as error:
-                    return f"{file}, line {number}: {error}"
+class Source(NamedTuple):
+    """A task as the user names it."""
+
+    spec: str  # "reviews:film", "owner/name", "owner/name:config", or a local file or folder
+    text_columns: list | None = None  # None = to be found
+    label_column: str | None = None  # None = to be found
+    flag: str = ""  # "aux_" for the auxiliary task: messages then name --aux_text_columns
 
 
-def load_splits(spec):
-    """Load a data set with the `datasets` library: a dict of its splits. spec: "hub/name",
-    "hub/name:config", or a local folder or file (JSONL, CSV, parquet). Never runs code that comes with
-    a data set. Raises InputError.
-    """
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval"], "test": ["test"]}
+
+
+def check_lines(file):
+    """Raise InputError, with the number of the line, for a text file that is no UTF-8, JSONL or CSV."""
+    kind = Path(file).suffix.lower()
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                if kind == ".jsonl" and text:
+                    json.loads(text)
+            except ValueError as error:
+                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+                raise InputError(f"cannot load {file}, line {number}: {reason}") from None
+            if kind == ".csv" and number == 1 and "," not in text and (";" in text or "\t" in text):
+                raise InputError(f"cannot load {file}: separated by ';' or tab? Only commas are read")
+
+
+def read(spec, kind, **options):
+    """What `datasets.load_dataset` returns; it runs no code of a data set. Raises InputError."""
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
-    ending = os.path.splitext(spec)[1].lower()
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(ending)
-    name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-    if not os.path.exists(name) and (kind or not name or name[0] in "./~" or name.count("/") > 1):
-        raise InputError(f"no such file or folder: {name!r}")
-    if os.path.isfile(name) and not kind:
-        raise InputError(f"cannot load {name}: only .jsonl, .json, .csv and .parquet files are read")
-    as_written = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # "None" is a word
+    if kind == "csv":
+        options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
     try:
-        files = escape(spec) if kind else None
-        return dict(datasets.load_dataset(kind or name, config or None, data_files=files, **as_written))
+        return datasets.load_dataset(kind, **options)
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
-        reason = bad_json_line(name) or " ".join(str(error.__cause__ or error).split())[:300]
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
 
 
-def find_columns(split, spec, text_columns, label_column, optional=()):
-    """Names of the text columns and of the label column of a Dataset: as asked for, else found.
+def read_files(files):
+    """A Dataset of the rows of local files of one kind. Raises InputError."""
+    kind = KINDS[Path(files[0]).suffix.lower()]
+    if kind != "parquet":
+        for file in files:
+            check_lines(file)
+    return read(files[0], kind, data_files=[escape(file) for file in files], split="train")
 
-    Found: label = the column "label", else the only column of whole numbers or classes; text = the column
-    "text", else all remaining columns of strings (two at most). Names in optional may be absent and are then
-    not asked for. Raises InputError for other absent names, and if that leaves no column or several.
+
+def files_by_name(folder):
+    """The data files under a folder, {"train": ["folder/Train.csv"], ...}; a split's shards share a name.
+
+    Empty if there are none, or if a README.md lists them: then the library knows better. Raises InputError.
     """
-    features, columns = split.features, f"the columns of {spec} are {', '.join(split.column_names)}"
-    dtype = {c: getattr(f, "dtype", "nested") for c, f in features.items()}
-    missing = [c for c in [*(text_columns or []), label_column] if c and c not in features]
-    if refused := [c for c in missing if c not in optional]:
-        raise InputError(f"no column {refused[0]!r}: {columns}")
-    text_columns = [c for c in text_columns or [] if c not in missing]
-    label_column = None if label_column in missing else label_column
-    label = [label_column] if label_column else [c for c in features if c == "label"]
-    label = label or [c for c in features if "int" in dtype[c] or dtype[c] == "bool"]
-    if len(label) != 1:
-        raise InputError(f"name the label column with --label_column: {columns}")
-    strings = [c for c in features if "string" in dtype[c] and c != label[0]]
-    text = text_columns or [c for c in strings if c == "text"] or strings
-    if not text_columns and not 1 <= len(text) <= 2:
-        raise InputError(f"name the text columns with --text_columns: {columns}")
-    for c in text:
-        if "string" not in dtype[c]:
-            raise InputError(f"column {c!r} of {spec} holds {dtype[c]}, not text")
-    if not any(kind in dtype[label[0]] for kind in ("int", "string", "bool")):
-        raise InputError(f"column {label[0]!r} of {spec} holds {dtype[label[0]]}, not classes; is one empty?")
-    return text, label[0]
+    files, readme = {}, Path(folder, "README.md")
+    if readme.exists() and "configs:" in readme.read_text(errors="replace"):
+        return {}
+    for file in sorted(Path(folder).rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in KINDS and file.is_file() and not hidden:
+            name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem).lower()
+            if name in files and name == file.stem.lower():
+                raise InputError(f"two files for one split: {files[name][0]} and {file}")
+            files.setdefault(name, []).append(str(file))
+    return files
 
 
-def rows(split, text_columns, label_column):
-    """Iterate over (text, label name) of a Dataset; name None for a null label, or -1 of a class."""
-    feature = split.features[label_column]
-    names = getattr(feature, "names", None)
-    for batch in split.select_columns([*text_columns, label_column]).iter(1000):
-        for *text, label in zip(*(batch[c] for c in text_columns), batch[label_column]):
-            if names:
-                label = names[label] if label is not None and label >= 0 else None
-            yield tuple(t or "" for t in text), None if label is None else str(label)
+def find_splits(spec):
+    """The splits of a data set by name, each a Dataset or a list of files. Raises InputError.
+
+    spec: a file or folder, with ":config" if a README.md names configurations; else a name on the hub.
+    """
+    name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    if os.path.isfile(name):
+        if Path(name).suffix.lower() not in KINDS:
+            raise InputError(f"cannot load {name}: only {', '.join(KINDS)} files are read")
+        return {"train": [name]}
+    if not os.path.isdir(name):
+        hub_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
+        if not hub_like or Path(name).suffix in KINDS:  # the hub can take long to say no
+            raise InputError(f"no such file or folder: {name!r}")
+        return dict(read(f"{spec} (no file or folder; looked for on the hub)", name, name=config or None))
+    files = {} if config else files_by_name(name)
+    return files or dict(read(spec, name, name=config or None))
 
 
-# ----------------------------------------------------------------------------- from texts to batches
+def named_like(split, names):
+    """The names that may mean a split, best first: exact ones before others such as validation_matched."""
+    exact = [name for alias in NAMES[split] for name in names if name.lower() == alias]
+    longer = [name for name in names if split == "validation" and name.lower().startswith("valid")]
+    return exact + [name for name in longer if name not in exact]
+
+
+def may_be_class(table, column):
+    """Can the values of a column be names of classes? Fractions, dates and nested values cannot."""
+    kind = getattr(table.features[column], "dtype", "nested or mixed")
+    if "float" in kind:
+        return all(value is None or value != value or value.is_integer() for value in table[column][:])
+    return "string" in kind or "int" in kind or "bool" in kind
+
+
+def find_columns(table, source):
+    """The text columns (a list) and the label column of a Dataset: as the user named them, else found.
+
+    Found are "text" and "label". Without them, a column of strings is the text and one that can hold classes
+    is the label, if there is exactly one such pair: nothing is guessed. Raises InputError with all columns.
+    """
+    kinds = {column: getattr(f, "dtype", "nested or mixed") for column, f in table.features.items()}
+    strings = [column for column in kinds if "string" in kinds[column]]
+    classes = [column for column in kinds if may_be_class(table, column)]
+    text = source.text_columns or (["text"] if "text" in kinds else None)
+    label = source.label_column or ("label" if "label" in kinds else None)
+    texts = [text] if text else [[column] for column in strings]
+    labels = [label] if label else classes
+    pairs = [(t, c) for t in texts for c in labels if c not in t and c in classes and set(t) <= set(strings)]
+    if len(pairs) == 1:
+        return pairs[0]
+    listed = []
+    for column, kind in kinds.items():
+        values = [str(value) for value in table[column][:]]
+        listed.append(f"{column[:40]} ({kind}, {len(set(values))} different, first {values[0][:30]!r})")
+    found = f"{text or 'text'} as strings and {label or 'label'} as classes"
+    reason = f"more than one choice of {found}" if pairs else f"no {found}"
+    flags = f"--{source.flag}text_columns and --{source.flag}label_column"
+    line = f"{reason} in {source.spec}: name them with {flags}. Columns: {', '.join(listed)}"
+    raise InputError(" ".join(line.split()))
+
+
+def class_name(value, names):
+    """The name of a class, None if there is none. names: of its numbers, or None; 3.0 is "3", " a" is "a"."""
+    if value is None or value != value or (names and value < 0):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return names[value] if names else str(value).strip() or None
+
+
+def rows(table, text_columns, label_column):
+    """List of (text, class name or None) of a Dataset; a text is a tuple of strings."""
+    names = getattr(table.features.get(label_column), "names", None)
+    labels = table[label_column][:] if label_column in table.features else [None] * len(table)
+    texts = zip(*(table[column][:] for column in text_columns))
+    texts = [tuple("" if part is None else str(part) for part in text) for text in texts]
+    return [(text, class_name(label, names)) for text, label in zip(texts, labels)]
+
+
+def open_splits(source, wanted):
+    """The rows of the wanted splits of a data set, what is recorded about them, and notes. Raises InputError.
+
+    Returns {split: list of (text, class name)}, {"text_columns": ..., "label_column": ..., "splits": {split:
+    where it came from}}, and a list of lines. A split without labels (absent, null or -1) is not used.
+    """
+    found = find_splits(source.spec)
+    candidates = {split: named_like(split, found) for split in NAMES}
+    if len(found) == 1 and not any(candidates.values()):
+        candidates["train"] = list(found)
+    if not candidates["train"]:
+        raise InputError(f"{source.spec} has no train split, only {', '.join(found)}: name one file train")
+    opened, origin, unused = {}, {}, dict.fromkeys(found, "")
+    for split in wanted:
+        for name in candidates[split]:
+            table, where = found[name], f"split {name} of {source.spec}"
+            if isinstance(table, list):
+                table, where = read_files(table), ", ".join(table)
+            if len(table) == 0:
+                raise InputError(f"{where} is empty")
+            if split == "train":
+                text_columns, label_column = find_columns(table, source)
+            elif not set(text_columns) <= set(table.features):
+                raise InputError(f"{where} has no column {', '.join(text_columns)}")
+            pairs = rows(table, text_columns, label_column)
+            labels = [label for _, label in pairs]
+            if split != "train" and set(labels) <= {None, "-1"}:
+                unused[name] = " (no labels)"
+                continue
+            if None in labels:
+                raise InputError(f"row {labels.index(None) + 1} of {where} has no label")
+            opened[split], origin[split] = pairs, where
+            del unused[name]
+            break
+    listed = ", ".join(name + reason for name, reason in unused.items())
+    notes = [f"not used of {source.spec}: {listed}"] if unused else []
+    return opened, {"text_columns": text_columns, "label_column": label_column, "splits": origin}, notes
+
+
+# ----------------------------------------------------------------------------- from texts to arrays
+
+
+class Examples(NamedTuple):
+    """N labelled texts in flat arrays: without a Python object each, a million cost little but their ids."""
+
+    tokens: np.ndarray  # word ids of all texts, one text after the other
+    start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
+    label: np.ndarray  # (N,) class ids
+    text: np.ndarray = None  # (N,) hashes of the whole texts: equal for equal texts
+    cut: np.ndarray = None  # (N,) True where a text was longer than max_length
+
+    def take(self, keep):
+        """The examples for which the boolean array keep (N,) is True."""
+        length = np.diff(self.start)
+        start = np.concatenate([[0], np.cumsum(length[keep])])
+        tokens = self.tokens[np.repeat(keep, length)]
+        return Examples(tokens, start, self.label[keep], self.text[keep], self.cut[keep])
+
+    def batch(self, index, device="cpu"):
+        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
+        texts = [self.tokens[self.start[i] : self.start[i + 1]] for i in index]
+        ids = np.full((len(texts), max(len(text) for text in texts)), PAD)
+        for row, text in zip(ids, texts):
+            row[: len(text)] = text
+        return torch.from_numpy(ids).to(device), torch.from_numpy(self.label[index]).long().to(device)
+
+
+def hash64(text):
+    """A number of 64 bits for a string, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
+
+
+def tokenize(pairs, max_length, word_id, label_id):
+    """Turn (text, class name) pairs into Examples; new words and names get the next free id of the dicts.
+
+    A text is a string or a tuple of strings. What is hashed is the whole normalised text: neither the length
+    at which it is cut nor the vocabulary decides whether two texts are the same.
+    """
+    tokens, start, label, hashes, cut = array("i"), array("q", [0]), array("i"), array("Q"), array("b")
+    for text, name in pairs:
+        found = words(text, max_length)
+        parts = (text,) if isinstance(text, str) else text
+        tokens.extend(word_id.setdefault(word, len(word_id)) for word in found)
+        start.append(len(tokens))
+        label.append(label_id.setdefault(name, len(label_id)))
+        hashes.append(hash64("\n".join(normalise(part) for part in parts)))
+        cut.append(len(found) == max_length and len(words(text, max_length + 1)) > max_length)
+    arrays = [np.asarray(part) for part in (tokens, start, label, hashes, cut)]  # the same memory, no copy
+    return Examples(*arrays[:4], arrays[4].astype(bool))
+
+
+def fingerprint(examples, names):
+    """A short hash of the texts and class names of Examples, whatever the order of their rows."""
+    label = np.array([hash64(name) for name in names], dtype=np.uint64)[examples.label]
+    order = np.lexsort((label, examples.text))
+    return hashlib.sha256(np.stack([examples.text, label])[:, order].tobytes()).hexdigest()[:12]
+
+
+def held_out(text):
+    """Boolean mask (N,) of about a tenth of the rows, at most a fifth, by the hashes (N,) of their texts.
+
+    Different texts are taken in order of their hashes, with all their rows; one with too many is passed over.
+    """
+    chosen, taken = [], 0
+    for value, count in zip(*np.unique(text, return_counts=True)):  # sorted by hash
+        if taken + count <= max(1, len(text) // 5):
+            chosen.append(value)
+            taken += count
+        if taken >= len(text) / 10:
+            break
+    return np.isin(text, chosen)
+
+
+def complete(splits, origin, spec):
+    """Add the validation and test splits that a target lacks; return notes. Raises InputError.
+
+    splits: {split: Examples}; origin: {split: where it came from}. Both are changed.
+    """
+    notes = []
+    if "test" not in splits and "validation" in splits:
+        splits["test"], origin["test"] = splits.pop("validation"), origin.pop("validation")
+        notes.append("no labelled test split: the validation split is reported as the test")
+    for split in ("test", "validation"):
+        if split not in splits:
+            train, origin[split] = splits["train"], "a part of train"
+            keep = held_out(train.text)
+            if not keep.any() or keep.all():
+                raise InputError(f"too few different texts in {spec} to take a {split} split from them")
+            splits[split], splits["train"] = train.take(keep), train.take(~keep)
+            notes.append(f"no {split} split: a fixed tenth of train, by a hash of the text, is used instead")
+    return notes
+
+
+def load_task(source, wanted, max_length, word_id):
+    """Load and tokenize a task; word_id grows. wanted: ("train",), or all splits, which then are completed.
+
+    Returns {split: Examples}, class names in alphabetical order, what is recorded, notes. Raises InputError.
+    """
+    spec = source.spec
+    if spec.startswith("reviews:"):
+        if (domain := spec.removeprefix("reviews:")) not in NOUNS:
+            raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
+        pairs, notes = reviews(domain), []
+        record = {"text_columns": ["text"], "label_column": "label", "splits": dict.fromkeys(wanted, spec)}
+    else:
+        pairs, record, notes = open_splits(source, wanted)
+    label_id = {}
+    splits = {s: tokenize(pairs[s], max_length, word_id, label_id) for s in wanted if s in pairs}
+    if len(wanted) > 1:
+        notes += complete(splits, record["splits"], spec)
+    names = sorted(label_id)
+    new_id = {name: i for i, name in enumerate(names)}
+    new_label = np.array([new_id[name] for name in label_id])
+    splits = {split: part._replace(label=new_label[part.label]) for split, part in splits.items()}
+    if len(set(splits["train"].label)) < 2:
+        raise InputError(f"a single class to train on in {spec}, which has {', '.join(names)[:60]}")
+    record["fingerprint"] = {split: fingerprint(part, names) for split, part in splits.items()}
+    return splits, names, record, notes
+
+
+# ----------------------------------------------------------------------------- what a run reads
 
 
 class Data(NamedTuple):
@@ -218,123 +468,126 @@ class Data(NamedTuple):
     aux: Examples | None
     vocab: list
     labels: dict  # "target" and "auxiliary" -> list of label names
-    notes: list  # what the reader of a report should know about these data
-
-
-def load_task(spec, text_columns, label_column, max_length, word_id, optional=None):
-    """Load and tokenize a task: ({split: Examples}, label names, notes). word_id grows. Raises InputError.
-
-    optional: None for a target; for an auxiliary task, of which only the train split is used, the names of
-    columns that it need not have.
-    """
-    wanted = ("train", "validation", "test") if optional is None else ("train",)
-    built_in, domain = spec.startswith("reviews:"), spec.removeprefix("reviews:")
-    if built_in and domain not in NOUNS:
-        raise InputError(f"the built-in tasks are {' and '.join('reviews:' + d for d in NOUNS)}, not {spec}")
-    splits, label_id, notes = {}, {}, []
-    found = reviews(domain) if built_in else load_splits(spec)
-    for split in wanted:
-        key = next((k for k in found if k.startswith(split[:5])), None)  # "valid" finds validation_matched
-        if key is None:
-            continue
-        pairs, ids = found[key], dict(label_id)
-        if not built_in:
-            pairs = rows(pairs, *find_columns(pairs, spec, text_columns, label_column, optional or ()))
-        try:
-            examples = tokenize(pairs, max_length, word_id, ids)
-        except UnicodeDecodeError as error:
-            raise InputError(f"cannot read {spec}: {bad_json_line(spec) or error}") from None
-        if len(examples.label) == 0:
-            raise InputError(f"the {key} split of {spec} is empty")
-        if set(examples.label) <= {-1, ids.get("-1")} and split != "train":  # hidden: null or "-1"
-            notes.append(f"the {split} split of {spec} has no labels")
-            continue
-        if (examples.label < 0).any():
-            row = examples.label.argmin() + 1
-            raise InputError(f"example {row} of the {key} split of {spec} has no label")
-        splits[split], label_id = examples, ids
-    if "train" not in splits:
-        raise InputError(f"{spec} has no train split, only {', '.join(found)}")
-    if "test" in wanted and "test" not in splits and "validation" in splits:
-        notes.append("no labelled test split: the validation split is reported as the test")
-        splits["test"] = splits.pop("validation")
-    for split in [s for s in wanted if s not in splits]:
-        notes.append(f"no {split} split: a fixed tenth of train is used instead")
-        # a hash in place of a random number: equal texts stay together
-        draw = np.array([zlib.crc32(text + split.encode()) for text in splits["train"].texts()])
-        keep = draw > np.sort(draw)[max(1, len(draw) // 10) - 1]
-        if len(set(splits["train"].label[keep])) < 2:  # very few different texts: rows have to be divided
-            keep = np.random.default_rng(0).permutation(len(draw)) >= max(1, len(draw) // 10)
-        splits["train"], splits[split] = splits["train"].take(keep), splits["train"].take(~keep)
-    if len(set(splits["train"].label)) < 2:
-        raise InputError(f"a single class to train on in {spec}, which has {', '.join(label_id)[:60]}")
-    rank = np.argsort(np.argsort(list(label_id)))  # place of each label name in alphabetical order
-    return {s: e._replace(label=rank[e.label]) for s, e in splits.items()}, sorted(label_id), notes
+    notes: list  # what the reader of a report should know about these data, a line each
+    record: dict  # the same data in numbers, for result.json
 
 
 def limited_subset(label, n, seed):
     """Boolean mask (N,) of n examples: seeded, stratified, and nested (100 are among 200).
 
-    Examples are ranked at random within their class and taken in order of rank / class size: classes come
-    about in proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
+    In random order within its class, example k of a class of m has its turn at k / m: classes come about in
+    proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
     """
-    order = np.random.default_rng(seed).permutation(len(label))
-    rank = np.empty(len(label))
+    rng = np.random.default_rng(seed)
+    turn = np.empty(len(label))
     for c in np.unique(label):
-        members = order[label[order] == c]
-        rank[members] = np.arange(len(members)) / len(members)
+        members = rng.permutation(np.flatnonzero(label == c))
+        turn[members] = np.arange(len(members)) / len(members)
     keep = np.zeros(len(label), dtype=bool)
-    keep[order[np.argsort(rank[order], kind="stable")[:n]]] = True
+    keep[np.argsort(turn, kind="stable")[:n]] = True
     return keep
 
 
-def prepare(target, aux, n_target, max_length, vocab_size, text_columns=None, label_column=None, seed=0):
-    """Load both tasks and return a Data: the limited training subset, and one vocabulary.
+def choose_vocab(train, aux, word_id, vocab_size, parent_words):
+    """Old word ids in order of their new ids: SPECIAL, the target's training words, a parent's, the auxiliary
+    task's, vocab_size in all (but a parent keeps its own).
 
-    n_target: labelled target examples to train on, 0 = all. aux: "none" for no second task. Auxiliary
-    examples whose text also occurs in the target's validation or test split are dropped. Raises InputError.
+    Each by frequency. No word of the auxiliary task takes the place of one of the target.
     """
-    word_id = {word: i for i, word in enumerate(SPECIAL)}
-    column = label_column or [None]
-    splits, names, notes = load_task(target, text_columns, column[0], max_length, word_id)
-    train, labels, second = splits["train"], {"target": names}, None
-    if n_target > len(train.label):
-        raise InputError(f"n_target {n_target}: there are {len(train.label)} training examples; 0 takes all")
-    train = train.take(limited_subset(train.label, n_target, seed)) if n_target else train
-    if len(set(train.label)) < 2:
-        raise InputError(f"the {n_target} training examples of {target} are all of one class: raise n_target")
-    if again := sum(map(set(train.texts()).__contains__, splits["test"].texts())):
+    chosen = list(range(len(SPECIAL)))
+
+    def new_words(examples):
+        count = np.bincount(examples.tokens, minlength=len(word_id))
+        count[chosen] = 0
+        return np.argsort(-count, kind="stable")[: np.count_nonzero(count)].tolist()
+
+    chosen += new_words(train)[: vocab_size - len(chosen)]
+    known = set(chosen)
+    chosen += [word_id[word] for word in parent_words if word_id[word] not in known]
+    if aux:
+        chosen += new_words(aux)[: max(0, vocab_size - len(chosen))]
+    return chosen
+
+
+def counts(splits, names):
+    """What is recorded: the number of examples of each split, and of each class in training."""
+    examples = {split: len(part.label) for split, part in splits.items()}
+    labels = np.bincount(splits["train"].label, minlength=len(names)).tolist()
+    return {"examples": examples, "labels": dict(zip(names, labels))}
+
+
+def data_notes(train, test, names):
+    """A line for everything in the target's Examples that makes its test accuracy misleading."""
+    notes = []
+    trained, tested = (np.bincount(part.label, minlength=len(names)) for part in (train, test))
+    if absent := [name for name, n in zip(names, trained) if n == 0]:
+        notes.append(f"{len(absent)} of {len(names)} classes have no training example, but "
+                     f"{tested[trained == 0].sum()} test texts: {', '.join(absent)[:60]}")
+    if again := np.isin(test.text, train.text).sum():
         notes.append(f"{again} of the test texts also occur among the training examples")
-    if aux != "none":
-        optional = [*(text_columns or []), *(column if len(column) == 1 else [])]
-        part, names, more = load_task(aux, text_columns, column[-1], max_length, word_id, optional)
-        second, labels["auxiliary"] = part["train"], names
-        held_out = {text for split in ("validation", "test") for text in splits[split].texts()}
-        keep = np.fromiter((text not in held_out for text in second.texts()), dtype=bool)
-        notes += [*more, f"dropped {(~keep).sum()} auxiliary examples found in the target's held-out data"]
-        if not keep.any():
-            raise InputError(f"every training example of {aux} occurs in the held-out splits of {target}")
-        second = second.take(keep)
-    parts = [train, splits["validation"], splits["test"], second]
-    count = sum(np.bincount(e.tokens, minlength=len(word_id)) for e in (train, second) if e)
-    count[: len(SPECIAL)] = count.max() + 1  # they keep their ids
-    kept = [i for i in np.argsort(-count, kind="stable")[:vocab_size].tolist() if count[i] > 0]
+    if train.cut.mean() > 0.1:
+        notes.append(f"{train.cut.mean():.0%} of the training texts are longer than max_length and were cut")
+    if len(test.label) < 100:
+        notes.append(f"only {len(test.label)} test texts: the test accuracy is uncertain")
+    if tested.max() > 0.9 * tested.sum():
+        share, name = tested.max() / tested.sum(), names[tested.argmax()]
+        notes.append(f"{share:.1%} of the test texts are of class {name[:40]}: see macro-F1, not accuracy")
+    return notes
+
+
+def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words=()):
+    """Load both tasks and return a Data: the limited training subset, and one vocabulary. Raises InputError.
+
+    target, aux: Source; aux None = no auxiliary task. n_target: target examples to train on, 0 = all.
+    parent_words: words of a network to start from, which stay in the vocabulary whatever vocab_size is.
+    Auxiliary examples whose text also occurs in the target's validation or test split are dropped. The
+    record's fingerprints are of whole splits, its counts and shares of the examples that are used.
+    """
+    word_id = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, *parent_words]))}
+    splits, names, about, notes = load_task(target, tuple(NAMES), max_length, word_id)
+    n_train = len(splits["train"].label)
+    if n_target == 1 or n_target > n_train:
+        raise InputError(f"n_target {n_target}: of {n_train} training examples take at least 2, or 0 for all")
+    if n_target:
+        splits["train"] = splits["train"].take(limited_subset(splits["train"].label, n_target, seed))
+    notes += data_notes(splits["train"], splits["test"], names)
+    labels, record, second = {"target": names}, {"target": about | counts(splits, names)}, None
+    if aux:
+        part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)
+        held_out_texts = np.concatenate([splits["validation"].text, splits["test"].text])
+        leaks = np.isin(part["train"].text, held_out_texts)
+        if leaks.all():
+            raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
+        notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]
+        second = part["train"].take(~leaks)
+        record["auxiliary"] = about | counts({"train": second}, labels["auxiliary"])
+    chosen = choose_vocab(splits["train"], second, word_id, vocab_size, parent_words)
     new_id = np.full(len(word_id), UNK, dtype=np.int32)
-    new_id[kept] = np.arange(len(kept))
-    parts = [e and e._replace(tokens=new_id[e.tokens]) for e in parts]
-    return Data(*parts, np.array(list(word_id), dtype=object)[kept].tolist(), labels, notes)
+    new_id[chosen] = np.arange(len(chosen))
+    parts = [splits[split] for split in NAMES] + ([second] if aux else [])
+    train, validation, test, *rest = [part._replace(tokens=new_id[part.tokens]) for part in parts]
+    unknown = {"train": (train.tokens == UNK).mean().item(), "test": (test.tokens == UNK).mean().item()}
+    record |= {"unknown": unknown, "cut": train.cut.mean().item()}
+    known = list(word_id)
+    vocab = [known[i] for i in chosen]
+    return Data(train, validation, test, rest[0] if aux else None, vocab, labels, notes, record)
 
 
 def epoch_order(length, batch_size, rng):
     """A random order (N,) of N texts in which neighbours have similar lengths: batches need little padding.
 
-    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches; batches are shuffled again.
+    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches shuffled.
+    With few texts pools are smaller, an eighth of the texts but never less than a batch: in one pool for all,
+    the same few of similar length would meet in every epoch.
     """
     order = rng.permutation(len(length))
-    pool = np.arange(len(order)) // (16 * batch_size)
-    order = order[np.lexsort((length[order], pool))]
+    pool_size = batch_size * max(1, min(16, len(order) // (8 * batch_size)))
+    for start in range(0, len(order), pool_size):
+        pool = order[start : start + pool_size]
+        order[start : start + pool_size] = pool[np.argsort(length[pool], kind="stable")]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
+    rng.shuffle(batches)
+    return np.concatenate(batches)
 
 
 def batch_order(examples, batch_size, seed):

@@ -1,12 +1,14 @@
 """Claims about the gates, the controller and the choice of a structure (masks.py)."""
 
 import itertools
+import re
+import textwrap
 
 import pytest
 import torch
 
 import masks
-from masks import Z, Gates, deterministic_z, lagrangian, prob_open, sample_z, select, sparsity, sparsity_at
+from masks import Controller, Gates, Z, deterministic_z, prob_open, sample_z, select, sparsity, sparsity_at
 
 HEAD, FFN = 4 * 64 * 16, 8 * 64 * 64  # sizes of a head and of a feed-forward sublayer at d_model 64, 4 heads
 
@@ -83,31 +85,97 @@ def test_sparsity_schedule_is_zero_then_linear_then_constant():
     assert wanted == pytest.approx([0, 0, 0.2, 0.4, 0.8, 0.8])
 
 
-def test_lagrangian_pulls_sparsity_towards_the_target_from_both_sides():
-    """With lambda1 = 0 the penalty is least at the target; the multipliers' own gradients are the gap and its
-    square."""
-    lambdas = torch.tensor([0.0, 5.0], requires_grad=True)
-    values = [lagrangian(torch.tensor(s), 0.5, lambdas) for s in (0.3, 0.5, 0.7)]
-    assert values[1] == 0 and values[0] > 0 and values[2] > 0
-    torch.testing.assert_close(torch.autograd.grad(values[0], lambdas)[0], torch.tensor([-0.2, 0.04]))
-
-
-@pytest.mark.parametrize("target, ramp", list(itertools.product((0.3, 0.5, 0.7, 0.9), (1, 140))))
-def test_controller_reaches_the_target_without_a_task_in_the_shortest_window_allowed(target, ramp):
-    """Gates alone, in the fewest steps that `train.check` accepts, however steep the ramp."""
-    import train
-
-    args = train.parse_args(["--sparsity", str(target)])
-    gates, model = Gates(4, 4), torch.nn.Linear(1, 1)
-    optimizer = train.make_optimizer(model, gates, args)
-    for step in range(masks.steps_to_settle(args.gate_lr)):
+def settle(gates, gate_lr, target, ramp, steps, task_loss=lambda z: 0.0, ascent=True):
+    """Gates and controller in the loop's order, without a network. Returns (last gap, lambda1)."""
+    controller = Controller(gate_lr)
+    optimizer = torch.optim.Adam(gates.parameters(), lr=gate_lr, betas=(0.5, 0.9))
+    for step in range(steps):
+        z = gates.prob_open()
+        gap = sparsity(z, HEAD, FFN) - sparsity_at(step, target, 0, ramp)
         optimizer.zero_grad()
-        lagrangian(
-            sparsity(gates.prob_open(), HEAD, FFN), sparsity_at(step, target, 0, ramp), gates.lambdas
-        ).backward()
+        (controller.penalty(gap) + task_loss(z)).backward()
         optimizer.step()
         gates.clamp_()
-    assert abs(sparsity(gates.prob_open(), HEAD, FFN).item() - target) < 0.02
+        if ascent:
+            controller.ascend(gap)
+    return sparsity(gates.prob_open(), HEAD, FFN).item() - target, controller.lambda1.item()
+
+
+def test_the_penalty_pulls_sparsity_towards_the_target_from_both_sides():
+    """With lambda1 = 0 it is least at the target; lambda1 adds a slope of its own size."""
+    controller, gap = Controller(0.05), torch.tensor([-0.2, 0.0, 0.2], requires_grad=True)
+    values = controller.penalty(gap)
+    assert values[1] == 0 and values[0] == values[2] > 0
+    controller.lambda1 += 3
+    slope = torch.autograd.grad(controller.penalty(gap).sum(), gap)[0]
+    torch.testing.assert_close(slope, 3 + 2 * masks.SPRING * gap.detach())
+
+
+def test_the_multiplier_ascends_by_the_gap_and_a_large_gap_counts_as_lag():
+    controller = Controller(0.1)
+    for gap, change in ((0.01, 0.01), (-0.01, -0.01), (0.7, masks.LAG), (-0.7, -masks.LAG)):
+        before = controller.lambda1.item()
+        controller.ascend(torch.tensor(gap))
+        assert controller.lambda1.item() - before == pytest.approx(masks.ASCENT * 0.1 * change, rel=1e-4)
+
+
+@pytest.mark.parametrize("target, ramp", list(itertools.product((0.3, 0.5, 0.7, 0.9), (1, 70, 140))))
+def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts(target, ramp):
+    """Gates alone, in the fewest steps that the flags may leave, however steep the ramp."""
+    import train
+
+    shortest = 3 * round((masks.INIT + masks.LIMIT) / 0.1)
+    flags = f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1 --steps"
+    train.check(train.parse_args([*flags.split(), str(shortest + 1)]))
+    with pytest.raises(train.InputError, match="pruning needs"):
+        train.check(train.parse_args([*flags.split(), str(shortest)]))
+    gap, _ = settle(Gates(4, 4), 0.1, target, ramp, shortest)
+    assert abs(gap) < 0.02
+
+
+def test_lambda1_is_the_price_of_a_parameter():
+    """A task that loses `push` times the worth of what is cut: twice the push is twice the price, and the gap
+    that a spring alone leaves (push / (2 SPRING), about) is closed."""
+    worth = torch.linspace(0.5, 1.5, 20).view(4, 5)
+    found = {}
+    for push, ascent in ((2, True), (4, True), (4, False)):
+        task_loss = lambda z: push * sparsity(Z(z.head * worth[:, :4], z.ffn * worth[:, 4]), HEAD, FFN)
+        found[push, ascent] = settle(Gates(4, 4), 0.2, 0.6, 1, 200, task_loss, ascent)
+    assert all(abs(found[push, True][0]) < 0.004 for push in (2, 4)) and abs(found[4, False][0]) > 0.01
+    assert found[4, True][1] < 0 and found[4, True][1] / found[2, True][1] == pytest.approx(2, rel=0.05)
+
+
+def test_the_dozen_lines_of_the_docstring_gate_a_torch_encoder():
+    """Exactly the snippet that masks.py shows, on a small torch.nn.TransformerEncoder: the task is learned, the
+    structure meets its budget, and units whose gate is 0 add nothing."""
+    snippet = textwrap.dedent(re.search(r"\n\n(    gates, controller.*?)\n\n", masks.__doc__, re.S)[1])
+    torch.manual_seed(0)
+    n_layer, n_head, d_head = 2, 4, 4
+    layer = torch.nn.TransformerEncoderLayer(
+        16, n_head, 64, dropout=0.0, batch_first=True, norm_first=True, bias=False
+    )
+    network = torch.nn.TransformerEncoder(layer, n_layer, enable_nested_tensor=False)
+
+    def batches():
+        for _ in range(500):
+            x = torch.randn(16, 5, 16)
+            yield x, (x[:, :, 0].sum(1) > 0).long()
+
+    def loss_of(hidden, y):
+        return torch.nn.functional.cross_entropy(hidden.mean(1)[:, :2], y)
+
+    names = {**vars(masks), "head_size": 4 * 16 * 4, "ffn_size": 8 * 16 * 16}
+    names |= dict(n_layer=n_layer, n_head=n_head, d_head=d_head, network=network, batches=batches)
+    exec(snippet, names | {"loss_of": loss_of}, names)
+    structure, z, gated = names["structure"], names["z"], names["gated"]
+    assert 0.7 <= sparsity(structure, 256, 2048).item() < 0.7 + 1 / 3
+    assert abs(sparsity(names["gates"].prob_open(), 256, 2048).item() - 0.7) < 0.02
+    assert names["loss"] < 0.5  # nats; guessing is 0.69
+    for i in range(n_layer):
+        out = gated[f"layers.{i}.self_attn.out_proj.weight"].view(16, n_head, d_head)
+        silent = out.abs().sum((0, 2)) == 0
+        assert torch.equal(silent, z.head[i] == 0)
+        assert (gated[f"layers.{i}.linear2.weight"].abs().sum() == 0) == (z.ffn[i] == 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -116,7 +184,7 @@ def test_selection_meets_the_budget_by_less_than_one_unit(seed):
     unit."""
     prob = random_gates(seed).prob_open()
     total = 4 * 4 * HEAD + 4 * FFN
-    for target in torch.arange(0, masks.max_sparsity(4, 4, HEAD, FFN), 0.01).tolist():
+    for target in torch.arange(0, 0.95, 0.01).tolist():
         z = select(prob, target, HEAD, FFN)
         dropped = [HEAD] * int((z.head == 0).sum()) + [FFN] * int((z.ffn == 0).sum())
         excess = sparsity(z, HEAD, FFN).item() - target

@@ -15,11 +15,10 @@ from model import (
     SPECIAL,
     UNK,
     Config,
+    Dropout,
     GatedTransformer,
     dropout_noise,
     extract,
-    interval,
-    linear,
     prunable,
     words,
 )
@@ -119,15 +118,48 @@ def test_every_gate_gets_the_gradient_of_the_logits_with_respect_to_it():
     assert torch.autograd.gradcheck(lambda head, ffn: model(ids, "target", Z(head, ffn)), (z.head, z.ffn))
 
 
-def test_the_product_and_its_gradients_equal_torchs_linear():
-    """Float32 rounding apart (1e-5 relative), for two and three dimensions and odd sizes."""
-    for shape, width in (((5, 7, 33), 9), ((64, 64), 256), ((1, 3), 1)):
-        x, weight = torch.randn(shape, requires_grad=True), torch.randn(width, shape[-1], requires_grad=True)
-        grad = torch.randn(*shape[:-1], width)
-        ours, theirs = linear(x, weight), F.linear(x, weight)
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs))):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+def test_the_network_hears_hooks_functional_calls_and_second_derivatives():
+    """What a researcher does to a network: a hook on every linear layer fires; torch.func's gradient equals
+    .backward()'s; a second derivative agrees with finite differences (1e-5 in double precision)."""
+    model, ids = network().double(), texts()
+    labels, heard = torch.tensor([0, 1, 2, 0, 1, 2]), []
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [m.register_forward_hook(lambda m, x, y: heard.append(m)) for m in linears]
+    loss = F.cross_entropy(model(ids, "target"), labels)
+    assert set(heard) == set(linears) - {model.classifier["auxiliary"]} and len(heard) == 4 * L + 1
+    for hook in hooks:
+        hook.remove()
+    loss.backward()
+
+    def loss_of(parameters):
+        logits = torch.func.functional_call(model, parameters, (ids, "target"))
+        return F.cross_entropy(logits, labels)
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradient = torch.func.grad(loss_of)(parameters)
+    for name, p in model.named_parameters():
+        if not name.startswith("classifier.auxiliary"):
+            torch.testing.assert_close(gradient[name], p.grad)
+
+    generator, step = torch.Generator().manual_seed(0), 1e-5
+    direction = {n: torch.randn(p.shape, generator=generator).double() for n, p in parameters.items()}
+    moved = [{n: p + sign * step * direction[n] for n, p in parameters.items()} for sign in (1, -1)]
+    up, down = (torch.func.grad(loss_of)(p) for p in moved)
+    second = torch.func.jvp(torch.func.grad(loss_of), (parameters,), (direction,))[1]
+    for name in parameters:
+        torch.testing.assert_close(second[name], (up[name] - down[name]) / (2 * step), atol=1e-5, rtol=1e-4)
+
+
+def test_reduced_matmul_precision_keeps_the_error_of_float32():
+    """The switch that a run sets may choose other kernels, but the logits stay at float32's rounding."""
+    model, ids = network(), texts()
+    before = torch.get_float32_matmul_precision()
+    exact = network().double()(ids, "target")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.testing.assert_close(model(ids, "target").double(), exact, atol=2e-5, rtol=1e-5)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_attention_equals_a_loop_over_texts_heads_and_tokens():
@@ -135,7 +167,8 @@ def test_attention_equals_a_loop_over_texts_heads_and_tokens():
     model, ids = network(), texts()
     block, D = model.blocks[0], C // H
     x = torch.randn(*ids.shape, C, generator=torch.Generator().manual_seed(1))
-    y = block.attention(x, (ids != PAD).view(6, 1, 1, 9), None)
+    hidden = torch.where(ids == PAD, -math.inf, 0.0).view(6, 1, 1, 9)
+    y = block.attention(x, hidden, None)
     for b in range(6):
         n = int((ids[b] != PAD).sum())
         q, k, v = block.qkv(block.attn_norm(x[b, :n])).view(n, 3, H, D).unbind(1)
@@ -177,15 +210,38 @@ def test_logits_do_not_depend_on_padding_or_on_the_rest_of_the_batch():
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_noise_has_mean_one_and_is_the_same_for_all_tokens_of_a_text():
+def test_dropout_noise_has_mean_one_and_is_drawn_for_every_text_and_sublayer():
+    """One factor for all tokens of a text; a share of the batch gets the numbers that it has in the whole."""
     model = network()
     drop = dropout_noise(model, 500, 0.25, torch.Generator().manual_seed(0))
-    assert drop.shape == (500, 2 * L + 1, C)
-    assert drop.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert abs(drop.mean().item() - 1) < 5 * (1 / 3) ** 0.5 / drop.numel() ** 0.5  # five standard errors
-    silent = torch.zeros(1, 2 * L + 1, C)
-    x = model(texts()[:1], "target", None, silent)  # all dropped: only the final norm's bias is left
-    torch.testing.assert_close(x, model.classifier["target"](model.norm(torch.zeros(1, C))))
+    parts = [drop.embedding, *drop.attention, *drop.ffn]
+    assert len(parts) == 2 * L + 1 and all(part.shape == (500, 1, C) for part in parts)
+    noise = torch.stack(parts)
+    assert noise.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert abs(noise.mean().item() - 1) < 5 * (1 / 3) ** 0.5 / noise.numel() ** 0.5  # five standard errors
+    assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
+    half = dropout_noise(model, 500, 0.25, torch.Generator().manual_seed(0), slice(1, None, 2))
+    assert all(torch.equal(a[1::2], b) for a, b in zip(drop.ffn, half.ffn))
+
+
+def test_each_dropout_factor_silences_its_own_sublayer():
+    """Zeroing the factors of one sublayer equals closing it; zeroing all leaves the final norm's bias."""
+    model, ids = network(), texts()
+    full = lambda: torch.ones(len(ids), 1, C)
+    for layer in range(L):
+        drop = Dropout(full(), [full() for _ in range(L)], [full() for _ in range(L)])
+        drop.ffn[layer].zero_()
+        torch.testing.assert_close(
+            model(ids, "target", None, drop), model(ids, "target", closed(ffn=[layer])), atol=1e-5, rtol=1e-5
+        )
+        drop.ffn[layer].fill_(1)
+        drop.attention[layer].zero_()
+        torch.testing.assert_close(
+            model(ids, "target", None, drop), model(ids, "target", closed([layer])), atol=1e-5, rtol=1e-5
+        )
+    nothing = torch.zeros(1, 1, C)
+    silent = model(ids[:1], "target", None, Dropout(nothing, [nothing] * L, [nothing] * L))
+    torch.testing.assert_close(silent, model.classifier["target"](model.norm(torch.zeros(1, C))))
 
 
 def test_a_few_steps_overfit_one_batch():
@@ -210,6 +266,28 @@ def test_words_are_lower_case_limited_and_never_none():
     assert len(words("x " * 10_000_000, 64)) == 64
 
 
+def test_one_word_in_several_spellings_is_one_word():
+    """Typographic apostrophes, accents in one or two code points, and marks that belong to a word."""
+    assert words("Don\u2019t", 5) == words("don't", 5) == ["don't"]
+    assert words("cafe\u0301 noir", 5) == words("caf\u00e9 noir", 5) == ["caf\u00e9", "noir"]
+    assert words("\u0939\u093f\u0928\u094d\u0926\u0940 \u092d\u093e\u0937\u093e!", 5) == [
+        "\u0939\u093f\u0928\u094d\u0926\u0940",
+        "\u092d\u093e\u0937\u093e",
+        "!",
+    ]
+
+
+def test_white_space_before_a_text_does_not_hide_it():
+    assert words(" \n" * 10_000 + "here", 5) == ["here"]
+    assert words(("", "\t" * 10_000 + "there"), 5) == [SPECIAL[SEP], "there"]
+
+
+@pytest.mark.parametrize("text", [None, 5, ["a", "b"], ("a", None), (), b"bytes"])
+def test_what_is_no_text_is_refused_with_what_it_is(text):
+    with pytest.raises(TypeError, match="a text is a string or a tuple of strings, not"):
+        words(text, 5)
+
+
 def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
     """One file is enough: shapes, weights, vocabulary and label names; loaded with weights_only."""
     small = extract(network(), CASES["some heads"])
@@ -224,17 +302,40 @@ def test_a_saved_network_answers_the_same_in_a_new_process(tmp_path):
     )  # it does not give one answer to everything
 
 
-def test_interval_is_the_t_interval():
-    """Against the textbook: 1 to 5 have mean 3 and deviation sqrt(2.5); the 0.975 quantile of t with 4 df is
-    2.776."""
-    mean, deviation, half = interval([1, 2, 3, 4, 5])
-    assert (mean, deviation) == (3, pytest.approx(2.5**0.5))
-    assert half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=1e-3)
-    assert math.isnan(interval([1])[2])
+def test_predict_has_one_rule_for_pairs_and_gives_probabilities():
+    """A list is a list of texts; a string or a tuple is one text; anything else is refused by name."""
+    model = network()
+    assert len(model.predict("w1 w2")) == len(model.predict(("w1", "w2"))) == len(model.predict(["w1"])) == 1
+    asked = ["w1 w2", ("w1", "w2"), "w5"]
+    p = model.probabilities(asked)
+    assert p.shape == (3, 3) and torch.allclose(p.sum(1), torch.ones(3))
+    assert model.predict(asked) == [model.labels["target"][i] for i in p.argmax(1)]
+    assert model.predict([]) == []
+    for wrong in (None, ["w1", None], [3]):
+        with pytest.raises(TypeError, match="text"):
+            model.predict(wrong)
 
 
-def test_the_interval_covers_the_true_mean_in_95_of_100_series():
-    """5,000 series of 5 normal values; 0.012 is four standard errors of a share of 0.95."""
-    values = torch.randn(5000, 5, generator=torch.Generator().manual_seed(0)).tolist()
-    covered = sum(abs(mean) <= half for mean, _, half in map(interval, values)) / 5000
-    assert abs(covered - 0.95) < 0.012
+def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_path):
+    """A tab parts the texts of a pair; a missing or foreign file and other encodings are one line."""
+    model = network()
+    model.save(tmp_path / "pruned.pt")
+    (tmp_path / "foreign.pt").write_text("something else")
+
+    def command(path, texts):
+        line = [sys.executable, "model.py", *([path] if path else [])]
+        return subprocess.run(line, input=texts, capture_output=True)
+
+    done = command(tmp_path / "pruned.pt", "w1 w2\n\nw1\tw2\n".encode())
+    printed = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    asked = ["w1 w2", "", ("w1", "w2")]
+    assert [label for label, _ in printed] == model.predict(asked)
+    assert [float(p) for _, p in printed] == pytest.approx(model.probabilities(asked).amax(1).tolist(), abs=6e-4)
+    for path, texts, reason in (
+        (tmp_path / "none.pt", b"a", "none.pt"),
+        (tmp_path / "foreign.pt", b"a", "foreign.pt"),
+        (tmp_path / "pruned.pt", b"\xff\xfe", "UTF-8"),
+        (None, b"a", "usage"),
+    ):
+        done = command(path, texts)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and reason in done.stderr.decode()

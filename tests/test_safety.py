@@ -149,14 +149,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_term_and_hint(tmp_path
 def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     real = loop.task_loss
 
-    def failing(model, gates, task, examples, order, step, args):
-        return real(model, gates, task, examples, order, step, args) * (float("nan") if step == 130 else 1)
+    def failing(net, gates, task, step, args):
+        return real(net, gates, task, step, args) * (float("nan") if step == 130 else 1)
 
     monkeypatch.setattr(loop, "task_loss", failing)
     code, error = run_main(*FLAGS, "--out_dir", tmp_path)
-    assert code == 2 and "step 130: loss_target is nan" in error
+    assert code == 2 and "step 130: smoothed_loss_target is nan" in error
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 120 and all(p.isfinite().all() for p in saved["model"].values())
+    assert saved["step"] == 120 and all(p.isfinite().all() for p in saved["net"].values())
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
     rows = sentences(20)
     write(tmp_path / "task", "train.jsonl", rows)
     real = loop.task_loss
-    monkeypatch.setattr(loop, "task_loss", lambda *a: real(*a) * (float("nan") if a[5] == 30 else 1))
+    monkeypatch.setattr(loop, "task_loss", lambda *a: real(*a) * (float("nan") if a[3] == 30 else 1))
     flags = ["--target", tmp_path / "task", "--aux", "none", "--n_target", 0, "--out_dir", tmp_path / "out"]
     flags = [*TINY, *flags, "--steps", 40, "--checkpoint_every", 20]
     assert run_main(*flags)[0] == 2 and (tmp_path / "out" / "checkpoint.pt").exists()
@@ -326,7 +326,9 @@ def test_120_random_files_end_in_a_run_or_in_one_line(good, odd, rng, kind, aux,
 
 def test_the_random_files_were_neither_all_refused_nor_all_accepted():
     """Both ends of the test above were really reached."""
-    assert ENDS[0] >= 20 and ENDS[2] >= 20 or not ENDS
+    if not ENDS:
+        pytest.skip("the test above did not run")
+    assert ENDS[0] >= 20 and ENDS[2] >= 20
 
 
 @pytest.mark.parametrize(
@@ -348,6 +350,7 @@ def test_the_random_files_were_neither_all_refused_nor_all_accepted():
 )
 def test_unusual_but_valid_data_end_in_a_correct_run(tmp_path, rows, test):
     write(tmp_path / "task", "train.jsonl", rows)
+    write(tmp_path / "task", "validation.jsonl", test)
     write(tmp_path / "task", "test.jsonl", test)
     flags = [*TINY, "--target", tmp_path / "task", "--aux", tmp_path / "task", "--n_target", 0]
     code, error = run_main(*flags, "--aux", "none", "--out_dir", tmp_path / "out")
@@ -356,7 +359,7 @@ def test_unusual_but_valid_data_end_in_a_correct_run(tmp_path, rows, test):
     code, error = run_main(
         *flags, "--out_dir", tmp_path / "with_itself"
     )  # the target equals the auxiliary task
-    assert code == 0 or "held-out" in error
+    assert code == 0 or "held out" in error
 
 
 def test_nothing_phones_home(tmp_path):
