@@ -1,96 +1,145 @@
-"""The experiments behind the tables of the README.
+"""The experiments behind tests/results/README.md and the pictures of the README.
 
-    python tests/experiments.py run           # every run whose row is missing, in this process
-    python tests/experiments.py run 0 2       # one half of them; "run 1 2" in a second shell: the other
-    python tests/experiments.py yardstick     # TF-IDF with logistic regression (needs scikit-learn)
-    python tests/experiments.py tables        # write the tables into the README, from tests/results/*.jsonl
+    python tests/experiments.py run                 # every run whose row is missing, in this process
+    python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
+    python tests/experiments.py run 0 1 built_in    # the rows of one file
+    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder (needs scikit-learn, see there)
+    python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
-Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there.
+Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
+are equal up to the cut share their steps until then: the row has the same bits as that of its flags alone.
 """
 
+import copy
 import json
-import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 import train as loop
-from model import interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PARENTS = ROOT / "out" / "parents"  # networks to start from, made when first needed
 SEEDS = range(5)
 DATA = "../shared/data/"
 
-BUILT_IN = {  # name -> flags; defaults are not repeated
+# ----------------------------------------------------------------------------- settings: name -> flags
+
+ALWAYS, UNTIL = "--transfer_start 0", "--transfer_start 0 --transfer_stop 2200"
+
+BUILT_IN = {
     "none": "--aux_weight 0",
     "from 1000 on": "",
-    "always": "--transfer_start 0",
-    "until fine-tuning": "--transfer_start 0 --transfer_stop 2200",
-    "always, project": "--transfer_start 0 --coupling project",
+    "always": ALWAYS,
+    "until fine-tuning": UNTIL,
     "before pruning": "--transfer_start 0 --transfer_stop 500",
     "while pruning": "--transfer_start 500 --transfer_stop 2200",
     "while fine-tuning": "--transfer_start 2200",
     "sequential": "--transfer_start 0 --transfer_stop 1000 --target_start 1000 --prune_start 1000",
-    "gates": "--transfer_start 0 --transfer gates",
-    "weights": "--transfer_start 0 --transfer weights",
-    "shuffled": "--transfer_start 0 --aux_shuffle",
-    "shuffled, project": "--transfer_start 0 --aux_shuffle --coupling project",
-    "aux_weight 0.1": "--transfer_start 0 --aux_weight 0.1",
-    "aux_weight 1": "--transfer_start 0 --aux_weight 1",
-    "aux_weight 3": "--transfer_start 0 --aux_weight 3",
+    "gates": f"{ALWAYS} --transfer gates",
+    "weights": f"{ALWAYS} --transfer weights",
+    "always, project": f"{ALWAYS} --coupling project",
+    "aux_weight 0.1": f"{ALWAYS} --aux_weight 0.1",
+    "aux_weight 3": f"{ALWAYS} --aux_weight 3",
+    "shuffled": f"{ALWAYS} --aux_shuffle",
+    "unpruned, none": "--sparsity 0 --aux_weight 0",
+    "unpruned, always": f"--sparsity 0 {ALWAYS}",
+    "unpruned, before pruning": "--sparsity 0 --transfer_start 0 --transfer_stop 500",
+    "small dense, always": f"--sparsity 0 --n_layer 1 --d_model 68 {ALWAYS}",
 }
-CHANGES = {f"{n} labels, pruned": f"--n_target {n}" for n in (50, 100, 500, 2000)}
-CHANGES |= {
-    "sparsity 0.5": "--sparsity 0.5",
-    "sparsity 0.8": "--sparsity 0.8",
-    "sparsity 0.9": "--sparsity 0.9",
-    "random structure": "--structure random",
-    "small dense": "--sparsity 0 --n_layer 1 --d_model 68",
-    "unpruned": "--sparsity 0",
-}
-CHANGES |= {f"{n} labels, unpruned": f"--n_target {n} --sparsity 0" for n in (50, 100, 500, 2000)}
-for name, flags in CHANGES.items():
-    BUILT_IN[f"{name}, none"] = f"{flags} --aux_weight 0"
-    BUILT_IN[f"{name}, always"] = f"{flags} --transfer_start 0"
+for n in (50, 500, 2000):
+    BUILT_IN[f"{n} labels, none"] = f"--n_target {n} --aux_weight 0"
+    BUILT_IN[f"{n} labels, always"] = f"--n_target {n} {ALWAYS}"
 
 PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is unrelated, to see the harm
-    "sst2 <- sst5": ("sst2", "sst5", 200),
-    "trec_coarse <- trec_fine": ("trec_coarse", "trec_fine", 200),
-    "sst5 <- sst2": ("sst5", "sst2", 400),
-    "trec_fine <- trec_coarse": ("trec_fine", "trec_coarse", 400),
-    "acl_arc <- scicite": ("acl_arc", "scicite", 0),
+    "kitchen <- kitchen_rest, 200 labels": ("kitchen", "kitchen_rest", 200),
+    "dvd <- dvd_rest, 200 labels": ("dvd", "dvd_rest", 200),
+    "sst2 <- sst5, 200 labels": ("sst2", "sst5", 200),
+    "trec_coarse <- trec_fine, 200 labels": ("trec_coarse", "trec_fine", 200),
+    "sst5 <- sst2, 400 labels": ("sst5", "sst2", 400),
+    "trec_fine <- trec_coarse, 400 labels": ("trec_fine", "trec_coarse", 400),
+    "acl_arc <- scicite, all labels": ("acl_arc", "scicite", 0),
     "acl_arc <- scicite, 300 labels": ("acl_arc", "scicite", 300),
-    "trec_fine <- sst2": ("trec_fine", "sst2", 400),
+    "kitchen <- kitchen_rest, 50 labels": ("kitchen", "kitchen_rest", 50),
+    "kitchen <- kitchen_rest, 1000 labels": ("kitchen", "kitchen_rest", 1000),
+    "trec_fine <- sst2, 400 labels": ("trec_fine", "sst2", 400),
 }
-RECIPES = {recipe: BUILT_IN[recipe] for recipe in ("none", "always", "until fine-tuning")}
-REAL = {  # setting -> flags
-    f"{pair}: {recipe}": f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n} {flags}"
-    for recipe, flags in RECIPES.items()
-    for pair, (target, aux, n) in PAIRS.items()
+RECIPES = {"none": "--aux_weight 0", "always": ALWAYS}
+
+
+def task_flags(pair):
+    target, aux, n = PAIRS[pair]
+    return f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n}"
+
+
+REAL = {f"{pair}: {name}": f"{task_flags(pair)} {flags}" for pair in PAIRS for name, flags in RECIPES.items()}
+REAL |= {
+    f"trec_fine <- trec_coarse, 400 labels: {name}, no smoothing":
+        f"{task_flags('trec_fine <- trec_coarse, 400 labels')} {flags} --label_smoothing 0"
+    for name, flags in RECIPES.items()
 }
-GUARDS = {  # what else could protect against a coarse or an unrelated auxiliary task
-    "trec_fine <- trec_coarse": {
-        "sequential": BUILT_IN["sequential"],
-        "none, no smoothing": "--aux_weight 0 --label_smoothing 0",
-        "always, no smoothing": "--transfer_start 0 --label_smoothing 0",
-    },
-    "trec_fine <- sst2": {
-        "always, project": BUILT_IN["always, project"],
-        "aux_weight 0.1": BUILT_IN["aux_weight 0.1"],
-    },
-}
-for pair, guards in GUARDS.items():
-    task_flags = REAL[f"{pair}: none"].removesuffix(RECIPES["none"])
-    REAL |= {f"{pair}: {guard}": task_flags + flags for guard, flags in guards.items()}
-STRUCTURES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
+
+# what is cut in one step keeps the network of dense training; "@NAME" is the result.json of another setting
+TASKS = {"built in": "", "trec_coarse": task_flags("trec_coarse <- trec_fine, 200 labels")}
+TASKS |= {"sst2": task_flags("sst2 <- sst5, 200 labels")}
+CUTS = {}
+for task, flags in TASKS.items():
+    for window, stop in (("until the cut", UNTIL), ("goes on", ALWAYS)):
+        for steps in (800, 400, 100, 25, 1):
+            end = f"{flags} {stop} --steps {2200 + steps} --finetune_steps {steps}"
+            CUTS[f"{task}, learned, {window}, {steps}"] = end
+            CUTS[f"{task}, learned then cut, {window}, {steps}"] = (
+                f"{end} --structure @{task}, learned, until the cut, 800"
+            )
+            CUTS[f"{task}, bottom, {window}, {steps}"] = f"{end} --structure bottom"
+            for i in range(3):
+                CUTS[f"{task}, random {i}, {window}, {steps}"] = f"{end} --structure random --structure_seed {i}"
+
+FILM = "--init %film --aux_weight 0 --lr 3e-4 --steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
+SPARSITY = {}
+for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
+    for start, flags in (("scratch", UNTIL), ("parent", FILM)):
+        name, flags = f"{start}, {cut}", f"{flags} --sparsity {cut}"
+        SPARSITY[f"{name}, learned"] = flags
+        SPARSITY[f"{name}, learned then cut"] = f"{flags} --structure @{name}, learned"
+        SPARSITY[f"{name}, bottom"] = f"{flags} --structure bottom"
+        for i in range(3):
+            SPARSITY[f"{name}, random {i}"] = f"{flags} --structure random --structure_seed {i}"
+for structure in ("learned", "learned then cut", "bottom", "random 0", "random 1", "random 2"):
+    flags = SPARSITY[f"scratch, 0.8, {structure}"].replace("@scratch, 0.8", "@8x8, 0.8")
+    SPARSITY[f"8x8, 0.8, {structure}"] = f"--n_layer 8 --n_head 8 {flags}"
+
+SHORT = "--steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
+PARENT = {}
+for lr in ("1e-3", "3e-4", "1e-4"):
+    for name, flags in {
+        "none": "--aux_weight 0",
+        "always": ALWAYS,
+        "gates": f"{ALWAYS} --transfer gates",
+        "until the cut": "--transfer_start 0 --transfer_stop 1400",
+        "project": f"{ALWAYS} --coupling project",
+    }.items():
+        if lr == "3e-4" or name in ("none", "always", "gates"):
+            PARENT[f"film, lr {lr}, {name}"] = f"--init %film --lr {lr} {SHORT} {flags}"
+for name, pair in (("kitchen_rest", "kitchen <- kitchen_rest, 200 labels"), ("sst5", "sst2 <- sst5, 200 labels")):
+    for recipe, flags in RECIPES.items():
+        PARENT[f"{name}, lr 3e-4, {recipe}"] = f"--init %{name} --lr 3e-4 {SHORT} {task_flags(pair)} {flags}"
+
+SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
     f"d_model {d_model}, sparsity {cut}": f"--d_model {d_model} --n_layer {n_layer} --sparsity {cut}"
     for d_model, n_layer in ((64, 4), (128, 4), (256, 6))
     for cut in (0.5, 0.7, 0.9)
 }
+FILES = {"built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY, "parent": PARENT, "real": REAL}
+
+# ----------------------------------------------------------------------------- running
 
 
 def rows(name):
@@ -103,170 +152,85 @@ def append(name, row):
         print(json.dumps(row), file=file)
 
 
-def run(part=0, parts=1):
-    """Run what is missing, real settings first, one seed of each after the other."""
-    have = {(r["setting"], r["seed"]) for name in ("built_in", "real", "structures") for r in rows(name)}
-    jobs = [("real", *item, seed) for seed in SEEDS for item in REAL.items()]
-    jobs += [("built_in", *item, seed) for item in BUILT_IN.items() for seed in SEEDS]
-    jobs += [("structures", *item, 0) for item in STRUCTURES.items()]
-    for name, setting, flags, seed in [job for job in jobs[part::parts] if (job[1], job[3]) not in have]:
-        with tempfile.TemporaryDirectory() as folder:
-            result = loop.train(loop.parse_args([*flags.split(), "--seed", str(seed), "--out_dir", folder]))
-        del result["args"]["out_dir"]
-        append(name, {"setting": setting, "flags": flags, **result})
+def parent_network(name, seed):
+    """The file of a network trained on a whole auxiliary task; made when first needed."""
+    folder, task = PARENTS / f"{name}_{seed}", "reviews:film" if name == "film" else DATA + name
+    if not (folder / "result.json").exists():
+        flags = f"--target {task} --aux none --n_target 0 --sparsity 0 --steps 2000 --seed {seed}"
+        loop.train(loop.parse_args([*flags.split(), "--out_dir", str(folder)]))
+    return str(folder / "pruned.pt")
 
 
-def yardstick():
-    """Accuracy and macro-F1 of TF-IDF (words and pairs of words) with logistic regression, on the same
-    subsets.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
+class SharedStart:
+    """Runs that are equal up to the cut start there, from a copy of the first one's state."""
 
-    def texts(data, examples):
-        bounds = zip(examples.start[:-1], examples.start[1:])
-        return [" ".join(data.vocab[t] for t in examples.tokens[a:b]) for a, b in bounds]
+    def __init__(self):
+        self.kept, self.key, self.start, self.choose = {}, None, loop.start, loop.choose_structure
+        loop.start, loop.choose_structure = self.start_or_copy, self.choose_and_keep
 
-    (RESULTS / "yardstick.jsonl").unlink(missing_ok=True)
-    for target, n in dict.fromkeys((target, n) for target, _, n in PAIRS.values()):
-        for seed in SEEDS:
-            data = loop.prepare(DATA + target, "none", n, 64, 10**6, seed=seed)
-            vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
-            x = vectorizer.fit_transform(texts(data, data.train))
-            fitted = LogisticRegression(C=10, max_iter=1000).fit(x, data.train.label)
-            predicted = fitted.predict(vectorizer.transform(texts(data, data.test)))
-            f1 = f1_score(data.test.label, predicted, average="macro")
-            accuracy = float((predicted == data.test.label).mean())
-            scores = {"test_accuracy": accuracy, "test_macro_f1": f1}
-            append("yardstick", {"setting": f"{target}, {n or 'all'} labels", "seed": seed, **scores})
+    def before_cut(self, args):
+        """What determines a run until the cut: not how long it goes on, and not what is cut in one step."""
+        cut = args.steps - args.finetune_steps
+        flags = {**loop.essential(vars(args)), "cut": cut, "transfer_stop": min(args.transfer_stop, cut)}
+        ignored = ["steps", "finetune_steps", "structure_seed", "structure"]
+        if args.structure != "learned":
+            ignored += ["sparsity", "prune_start", "prune_ramp", "gate_lr"]
+        return json.dumps([{k: v for k, v in flags.items() if k not in ignored}, args.structure == "learned"])
 
+    def start_or_copy(self, args, data, parent=None):
+        self.key = self.before_cut(args)
+        if self.key in self.kept:
+            loop.clear(Path(args.out_dir), False)
+            self.run = copy.deepcopy(self.kept[self.key])
+        else:
+            self.run = self.start(args, data, parent)
+        return self.run
 
-# ----------------------------------------------------------------------------- tables
-
-
-def column(name, setting, key="test_accuracy"):
-    """seed -> 100 * value, of one setting."""
-    return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
+    def choose_and_keep(self, gates, args):
+        self.kept.setdefault(self.key, copy.deepcopy(self.run))
+        return self.choose(gates, args)
 
 
-def difference(name, setting, baseline, key="test_accuracy"):
-    """Differences to the baseline, paired by seed."""
-    a, b = column(name, setting, key), column(name, baseline, key)
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+def result_of(file, setting, flags, seed):
+    """Run one setting with one seed. @NAME in the flags is that setting's structure, %NAME a parent."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "@" in flags:
+            flags, other = flags.split("@")
+            row = next(r for r in rows(file) if r["setting"] == other and r["seed"] == seed)
+            structure = {key: row[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")}
+            Path(folder, "result.json").write_text(json.dumps(structure))
+            flags += f"{folder}/result.json"
+        words = flags.split()
+        words = [parent_network(word[1:], seed) if word.startswith("%") else word for word in words]
+        args = loop.parse_args([*words, "--seed", str(seed), "--out_dir", f"{folder}/out", "--device", "cpu"])
+        result = loop.train(args)
+        history = [json.loads(line) for line in open(f"{folder}/out/history.jsonl")]
+    curve = [[row["step"], round(row["validation_accuracy"], 4)] for row in history]
+    for key in ("prob_open", "test_confusion", "test_precision", "test_recall", "test_f1", "data"):
+        if len(str(result[key])) > 2000:  # fifty classes
+            del result[key]
+    return {**result, "validation_curve": curve}
 
 
-def shown(values, form=".1f"):
-    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval if all agree."""
-    if len(values) < 2:
-        return "-"
-    mean, _, half = interval(list(values))
-    if half == 0:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
-
-
-def table(head, lines):
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
-def built_in(settings):
-    """Accuracy and paired gain over no transfer, for settings of the built-in pair that have been run."""
-    lines = []
-    for setting in settings:
-        values = column("built_in", setting).values()
-        if values:
-            command = f"`{BUILT_IN[setting]}`" if BUILT_IN[setting] else "(defaults)"
-            gain = "" if setting == "none" else shown(difference("built_in", setting, "none"), "+.1f")
-            lines.append([setting, command, shown(values), gain, len(values)])
-    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
-
-
-def amounts(settings):
-    """Accuracy without and with transfer and the paired gain, for settings of the built-in pair: title ->
-    name.
-    """
-    lines = []
-    for title, name in settings.items():
-        alone, helped = f"{name}none", f"{name}always"
-        gain = difference("built_in", helped, alone)
-        if len(gain) > 1:
-            command = CHANGES.get(name.rstrip(", "), "")
-            accuracies = [shown(column("built_in", setting).values()) for setting in (alone, helped)]
-            lines.append([title, command and f"`{command}`", *accuracies, shown(gain, "+.1f"), len(gain)])
-    return table(["", "flags", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
-
-
-def chosen(pair):
-    """The recipe that validation data choose: the largest paired gain whose interval lies above 0, else
-    none.
-    """
-    clear = {"none": 0.0}
-    for recipe in RECIPES:
-        gains = difference("real", f"{pair}: {recipe}", f"{pair}: none", "validation_accuracy")
-        mean, _, half = interval(gains or [0.0])
-        if mean > half:
-            clear[recipe] = mean
-    return max(clear, key=clear.get)
-
-
-def real(recipes):
-    """Lines of recipes on real pairs; recipes: pair -> names. The choice of the validation data is marked."""
-    lines = []
-    for pair, names in recipes.items():
-        for recipe in names:
-            name, mark = f"{pair}: {recipe}", " (chosen)" if recipe == chosen(pair) else ""
-            splits = [column("real", name, f"{split}_accuracy").values() for split in ("validation", "test")]
-            f1, cut = (column("real", name, key).values() for key in ("test_macro_f1", "delivered_sparsity"))
-            keys = "test_accuracy", "test_macro_f1"
-            gains = [shown(difference("real", name, f"{pair}: none", key), "+.1f") for key in keys]
-            if len(f1) > 1:
-                cells = [*map(shown, splits), f"{statistics.mean(f1):.1f}", f"{min(cut):.1f}"]
-                cells += ["", ""] if recipe == "none" else gains
-                lines.append([pair, recipe + mark, *cells, len(f1)])
-    head = ["pair", "recipe", "validation, %", "test, %", "macro-F1", "sparsity"]
-    return table([*head, "paired gain on test", "gain in macro-F1", "n"], lines)
-
-
-def outside():
-    """Accuracy and macro-F1 of the yardstick."""
-    lines = []
-    for setting in dict.fromkeys(row["setting"] for row in rows("yardstick")):
-        keys = "test_accuracy", "test_macro_f1"
-        accuracy, f1 = (column("yardstick", setting, key).values() for key in keys)
-        lines.append([setting, shown(accuracy), shown(f1), len(f1)])
-    return table(["target", "test, %", "macro-F1", "n"], lines)
-
-
-def tables():
-    """Replace what stands between <!-- NAME --> and <!-- end --> in the README."""
-    when = ["none", "before pruning", "while pruning", "while fine-tuning", "until fine-tuning"]
-    how = ["always", "aux_weight 0.1", "aux_weight 1", "aux_weight 3", "always, project", "sequential"]
-    titles = [f"{n} labels, {state}" for state in ("pruned", "unpruned") for n in (50, 100, 200, 500, 2000)]
-    labels = {title: f"{title}, " for title in titles}
-    labels |= {"200 labels, pruned": "", "200 labels, unpruned": "unpruned, "}
-    sparse = {"nothing cut": "unpruned, ", "50 % cut": "sparsity 0.5, ", "70 % cut": ""}
-    sparse |= {"80 % cut": "sparsity 0.8, ", "90 % cut": "sparsity 0.9, "}
-    sparse |= {"70 % cut at random": "random structure, ", "small dense network": "small dense, "}
-    parts = {
-        "when": built_in([*when, "from 1000 on", "always", "sequential"]),
-        "what": built_in(["gates", "weights", "always"]),
-        "how": built_in([*how, "shuffled", "shuffled, project"]),
-        "labels": amounts(labels),
-        "sparsity": amounts(sparse),
-        "real": real(dict.fromkeys(PAIRS, RECIPES)),
-        "guards": real(GUARDS),
-        "yardstick": outside(),
-    }
-    readme = (ROOT / "README.md").read_text()
-    for name, text in parts.items():
-        found = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(found, lambda m: m[1] + text + m[2], readme, flags=re.S)
-    (ROOT / "README.md").write_text(readme)
+def run(part=0, parts=1, *files):
+    """Run what is missing. A unit of work is a seed of settings that share a start; units go to the parts."""
+    shared = SharedStart()
+    for file in files or FILES:
+        units = {}
+        for setting, flags in FILES[file].items():
+            group = setting.split(",")[0] if file in ("cuts", "sparsity") else setting
+            units.setdefault(group, []).append((setting, flags))
+        units = [(seed, unit) for unit in units.values() for seed in SEEDS]
+        for seed, unit in units[int(part) :: int(parts)]:
+            shared.kept.clear()
+            for setting, flags in unit:
+                if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
+                    began = time.time()
+                    append(file, {"setting": setting, "flags": flags, **result_of(file, setting, flags, seed)})
+                    print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = {"run": run, "yardstick": yardstick, "tables": tables}
-    actions[sys.argv[1]](*map(int, sys.argv[2:]))
+    actions = {"run": run}
+    actions[sys.argv[1]](*sys.argv[2:])

@@ -476,6 +476,84 @@ def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsit
     assert result["test_accuracy"] > 0.8
 
 
+# ---- what a run says about its data and itself
+
+
+def test_a_users_target_trains_alone_unless_an_auxiliary_task_is_named():
+    named = lambda *flags: loop.parse_args(list(flags)).aux
+    assert named() == named("--target", "reviews:restaurant") == "reviews:film"
+    assert named("--target", "mine.csv") == named("--target", "reviews:film") == "none"
+    assert named("--target", "mine.csv", "--aux", "other.csv") == "other.csv"
+
+
+def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_path, capsys):
+    """The auxiliary task has columns of other names, and they are named for it alone."""
+    rows = [{"question": f"what is {i} of {i % 7}", "kind": i % 3} for i in range(150)]
+    for split in ("Train", "dev", "test", "more"):
+        write(tmp_path / "t", f"{split}.jsonl", rows if split == "Train" else rows[:40])
+    write(tmp_path / "a", "train.jsonl", [{"said": f"so {i}", "by": "xy"[i % 2], "year": str(i)} for i in range(90)])
+    tasks = ["--target", tmp_path / "t", "--aux", tmp_path / "a", "--n_target", 0]
+    columns = ["--aux_text_columns", "said", "--aux_label_column", "by"]
+    result = run(tmp_path / "out", *tasks, *columns)
+    printed, data = capsys.readouterr().out, result["data"]
+    assert "text from question, label from kind" in printed and "text from said, label from by" in printed
+    assert "validation: " + str(tmp_path / "t" / "dev.jsonl") in printed and "not used" in printed
+    assert data["target"]["examples"] == {"train": 150, "validation": 40, "test": 40}
+    assert data["target"]["labels"] == {"0": 50, "1": 50, "2": 50} and data["auxiliary"]["label_column"] == "by"
+    assert set(data["unknown"]) == {"train", "test"} and data["cut"] == 0
+    assert len(result["test_confusion"]) == len(result["label_order"]) == len(result["test_f1"]) == 3
+    low, high = result["test_interval"]
+    assert low < result["test_accuracy"] < high and f"[{low:.3f}, {high:.3f}]" not in printed  # report prints it
+    loop.report(result)
+    assert f"[{low:.3f}, {high:.3f}]" in capsys.readouterr().out and result["test_majority"] == 14 / 40
+    with pytest.raises(InputError, match="--aux_text_columns"):
+        run(tmp_path / "out", *tasks)
+
+
+def test_wilson_interval_against_the_textbook():
+    """The two roots of |share - p| = 1.96 sqrt(p (1 - p) / n), also where all answers are right."""
+    for hits, n in ((8, 10), (10, 10), (0, 7), (950, 1000)):
+        share = hits / n
+        for p in loop.wilson(share, n):
+            assert abs(share - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-9)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, capsys):
+    """What an earlier run left is removed before the first step, and said; a refused run removes nothing."""
+    run(tmp_path)
+    before = (tmp_path / "result.json").read_text()
+    with pytest.raises(InputError):
+        run(tmp_path, "--lr", -1)
+    assert (tmp_path / "result.json").read_text() == before and "overwritten" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="step"):
+        run(tmp_path, "--lr", 1e8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl"]
+    assert f"the earlier run in {tmp_path} is overwritten" in capsys.readouterr().out
+
+
+def test_without_a_terminal_every_evaluation_is_a_line_at_once(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda *a, flush=False, **k: lines.append((str(a[0]), flush)))
+    run(tmp_path, "--steps", 200, "--finetune_steps", 90)
+    assert [text[:10] for text, flush in lines if flush] == ["step   100", "step   200"]
+
+
+def test_a_series_on_other_data_is_refused_and_reused_rows_are_announced(tmp_path, capsys):
+    rows = [{"text": f"word{i % 9} of {i}", "label": "ab"[i % 2]} for i in range(80)]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "task", f"{split}.jsonl", rows)
+    flags = ["--target", tmp_path / "task", "--n_target", 0, "--seeds", 2, "--steps", 2, "--finetune_steps", 1]
+    flags = [*SHORT, *map(str, flags), "--sparsity", "0", "--out_dir", str(tmp_path / "out")]
+    loop.series(loop.parse_args(flags))
+    assert "is used again" not in capsys.readouterr().out
+    loop.series(loop.parse_args([*flags, "--seeds", "3"]))
+    assert capsys.readouterr().out.count("is used again") == 2
+    rows[0]["text"] = "another text"
+    write(tmp_path / "task", "train.jsonl", rows)
+    with pytest.raises(InputError, match="runs on other data: use another --out_dir"):
+        loop.series(loop.parse_args(flags))
+
+
 # ---- real data
 
 
