@@ -160,9 +160,9 @@ class Controller(nn.Module):
 def select(prob, sparsity, head_size, ffn_size):
     """Turn probabilities into a 0/1 structure: the most probable units that fit the budget.
 
-    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the requested one, and
-    exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding layer by
-    layer, cannot miss the budget.
+    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the requested one,
+    and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
+    layer by layer, cannot miss the budget.
 
     The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is
     as large as many heads, so that under a tight budget a purely greedy choice fills up with heads and may

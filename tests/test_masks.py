@@ -125,7 +125,9 @@ def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts
     import train
 
     shortest = 3 * round((masks.INIT + masks.LIMIT) / 0.1)
-    flags = f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1 --steps"
+    flags = (
+        f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1 --steps"
+    )
     train.check(train.parse_args([*flags.split(), str(shortest + 1)]))
     with pytest.raises(train.InputError, match="pruning needs"):
         train.check(train.parse_args([*flags.split(), str(shortest)]))

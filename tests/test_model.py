@@ -330,7 +330,9 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     printed = [line.split("\t") for line in done.stdout.decode().splitlines()]
     asked = ["w1 w2", "", ("w1", "w2")]
     assert [label for label, _ in printed] == model.predict(asked)
-    assert [float(p) for _, p in printed] == pytest.approx(model.probabilities(asked).amax(1).tolist(), abs=6e-4)
+    assert [float(p) for _, p in printed] == pytest.approx(
+        model.probabilities(asked).amax(1).tolist(), abs=6e-4
+    )
     for path, texts, reason in (
         (tmp_path / "none.pt", b"a", "none.pt"),
         (tmp_path / "foreign.pt", b"a", "foreign.pt"),

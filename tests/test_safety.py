@@ -98,6 +98,37 @@ def test_an_interrupted_run_writes_a_checkpoint_says_so_and_goes_on(tmp_path, un
     assert start(tmp_path, "--resume").wait() == 0 and same(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("stop", [7, 30, 50])
+def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
+    """Stopped before and after the cut. What the parent or the structure holds must not have changed meanwhile."""
+    small = (
+        "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 --d_model 8"
+    )
+    small = [*small.split(), "--sparsity", "0.5"]
+    go = lambda name, *flags: loop.train(
+        loop.parse_args([*small, *map(str, flags), "--out_dir", str(tmp_path / name)])
+    )
+    go("parent", "--target", "reviews:film", "--sparsity", 0, "--steps", 30)
+    go("learned")
+    flags = ["--init", tmp_path / "parent" / "pruned.pt", "--structure", tmp_path / "learned" / "result.json"]
+    flags += ["--transfer_start", 0]
+    go("whole", *flags)
+    real = loop.task_loss
+
+    def signalled(*args):
+        if args[-2] == stop:
+            loop.CAUGHT.append(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "task_loss", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        go("stopped", *flags)
+    loop.CAUGHT.clear()
+    monkeypatch.undo()
+    go("stopped", *flags, "--resume")
+    assert same(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
     process = start(tmp_path)
     wait_for_step(process, tmp_path, 40)
@@ -408,7 +439,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     line = [*torchrun, ROOT / "train.py", *flags, "--out_dir", tmp_path / "two"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1  # one process reports
+    assert done.stdout.count("macro-F1") == 1  # one process reports
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)

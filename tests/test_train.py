@@ -52,7 +52,9 @@ def couplings(monkeypatch, folder, *flags):
     steps, couple, clip = [], transfer.couple, torch.nn.utils.clip_grad_norm_
 
     def recorded(g_target, g_aux, coupling):
-        if not any(g_target is update for *_, update in steps[-1:]):  # the controller's is added to the update
+        if not any(
+            g_target is update for *_, update in steps[-1:]
+        ):  # the controller's is added to the update
             steps.append((g_target, g_aux, couple(g_target, g_aux, coupling)))
             return steps[-1][2]
         return couple(g_target, g_aux, coupling)
@@ -171,7 +173,12 @@ def test_only_weight_matrices_are_decayed(tmp_path):
     run = loop.start(args, loop.load(args, []))
     decayed = {id(p) for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     assert decayed == {id(p) for p in run.net.parameters() if p.dim() >= 2}
-    held = [p for optimizer in (run.optimizer, run.gate_optimizer) for g in optimizer.param_groups for p in g["params"]]
+    held = [
+        p
+        for optimizer in (run.optimizer, run.gate_optimizer)
+        for g in optimizer.param_groups
+        for p in g["params"]
+    ]
     assert {id(p) for p in held} == {id(p) for p in (*run.net.parameters(), run.gates.log_alpha)}
     assert run.gate_optimizer.param_groups[0]["weight_decay"] == 0
 
@@ -383,7 +390,9 @@ def test_accuracies_before_and_right_after_the_cut_are_those_of_the_two_networks
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert set(result["accuracy_before_cut"]) == set(result["accuracy_after_cut"]) == {"validation", "test"}
     assert rows[-1]["accuracy_after_cut"] == result["accuracy_after_cut"]
-    same = run(tmp_path, "--n_target", 500, "--steps", 41, "--finetune_steps", 1, "--lr", 1e-9, "--sparsity", 0)
+    same = run(
+        tmp_path, "--n_target", 500, "--steps", 41, "--finetune_steps", 1, "--lr", 1e-9, "--sparsity", 0
+    )
     assert "accuracy_before_cut" not in same
 
 
@@ -491,7 +500,11 @@ def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_pa
     rows = [{"question": f"what is {i} of {i % 7}", "kind": i % 3} for i in range(150)]
     for split in ("Train", "dev", "test", "more"):
         write(tmp_path / "t", f"{split}.jsonl", rows if split == "Train" else rows[:40])
-    write(tmp_path / "a", "train.jsonl", [{"said": f"so {i}", "by": "xy"[i % 2], "year": str(i)} for i in range(90)])
+    write(
+        tmp_path / "a",
+        "train.jsonl",
+        [{"said": f"so {i}", "by": "xy"[i % 2], "year": str(i)} for i in range(90)],
+    )
     tasks = ["--target", tmp_path / "t", "--aux", tmp_path / "a", "--n_target", 0]
     columns = ["--aux_text_columns", "said", "--aux_label_column", "by"]
     result = run(tmp_path / "out", *tasks, *columns)
@@ -499,11 +512,15 @@ def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_pa
     assert "text from question, label from kind" in printed and "text from said, label from by" in printed
     assert "validation: " + str(tmp_path / "t" / "dev.jsonl") in printed and "not used" in printed
     assert data["target"]["examples"] == {"train": 150, "validation": 40, "test": 40}
-    assert data["target"]["labels"] == {"0": 50, "1": 50, "2": 50} and data["auxiliary"]["label_column"] == "by"
+    assert (
+        data["target"]["labels"] == {"0": 50, "1": 50, "2": 50} and data["auxiliary"]["label_column"] == "by"
+    )
     assert set(data["unknown"]) == {"train", "test"} and data["cut"] == 0
     assert len(result["test_confusion"]) == len(result["label_order"]) == len(result["test_f1"]) == 3
     low, high = result["test_interval"]
-    assert low < result["test_accuracy"] < high and f"[{low:.3f}, {high:.3f}]" not in printed  # report prints it
+    assert (
+        low < result["test_accuracy"] < high and f"[{low:.3f}, {high:.3f}]" not in printed
+    )  # report prints it
     loop.report(result)
     assert f"[{low:.3f}, {high:.3f}]" in capsys.readouterr().out and result["test_majority"] == 14 / 40
     with pytest.raises(InputError, match="--aux_text_columns"):
@@ -542,7 +559,18 @@ def test_a_series_on_other_data_is_refused_and_reused_rows_are_announced(tmp_pat
     rows = [{"text": f"word{i % 9} of {i}", "label": "ab"[i % 2]} for i in range(80)]
     for split in ("train", "validation", "test"):
         write(tmp_path / "task", f"{split}.jsonl", rows)
-    flags = ["--target", tmp_path / "task", "--n_target", 0, "--seeds", 2, "--steps", 2, "--finetune_steps", 1]
+    flags = [
+        "--target",
+        tmp_path / "task",
+        "--n_target",
+        0,
+        "--seeds",
+        2,
+        "--steps",
+        2,
+        "--finetune_steps",
+        1,
+    ]
     flags = [*SHORT, *map(str, flags), "--sparsity", "0", "--out_dir", str(tmp_path / "out")]
     loop.series(loop.parse_args(flags))
     assert "is used again" not in capsys.readouterr().out

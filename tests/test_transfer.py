@@ -75,7 +75,13 @@ def test_aux_weight_is_on_exactly_in_its_window():
 
 def test_transferred_names_what_the_auxiliary_gradient_may_touch():
     """Its own classifier always, the target's never; of the shared parameters what --transfer says."""
-    names = ["token.weight", "blocks.0.up.weight", "classifier.target.bias", "classifier.auxiliary.bias", "log_alpha"]
+    names = [
+        "token.weight",
+        "blocks.0.up.weight",
+        "classifier.target.bias",
+        "classifier.auxiliary.bias",
+        "log_alpha",
+    ]
     parameters = {name: object() for name in names}
     shared = {"weights": names[:2], "gates": names[4:], "both": names[:2] + names[4:]}
     for what, expected in shared.items():
@@ -95,7 +101,8 @@ def test_projection_never_points_against_the_target_and_equals_the_sum_when_they
     own = {"target": torch.randn(3, generator=generator), "aux": torch.randn(3, generator=generator)}
     flat = lambda named: torch.cat([named[name].flatten() for name in shapes])
     summed, projected = (
-        couple(g_target | {"target": own["target"]}, g_aux | {"aux": own["aux"]}, how) for how in ("sum", "project")
+        couple(g_target | {"target": own["target"]}, g_aux | {"aux": own["aux"]}, how)
+        for how in ("sum", "project")
     )
     for update in (summed, projected):
         assert torch.equal(update["target"], own["target"]) and torch.equal(update["aux"], own["aux"])
