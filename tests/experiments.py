@@ -2,7 +2,7 @@
 
     python tests/experiments.py run                 # every run whose row is missing, in this process
     python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
-    python tests/experiments.py run 0 1 built_in    # the rows of one file
+    python tests/experiments.py run 0 1 built_in "real:sst2"    # the rows of one file; of settings that start so
     python tests/experiments.py yardstick           # TF-IDF and a frozen encoder (needs scikit-learn, see there)
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
@@ -221,9 +221,12 @@ def result_of(file, setting, flags, seed):
 def run(part=0, parts=1, *files):
     """Run what is missing. A unit of work is a seed of settings that share a start; units go to the parts."""
     shared = SharedStart()
-    for file in files or FILES:
+    for wanted in files or FILES:
+        file, _, start = wanted.partition(":")
         units = {}
         for setting, flags in FILES[file].items():
+            if not setting.startswith(start):
+                continue
             group = setting.split(",")[0] if file in ("cuts", "sparsity") else setting
             units.setdefault(group, []).append((setting, flags))
         units = [(seed, unit) for unit in units.values() for seed in SEEDS]
