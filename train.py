@@ -124,6 +124,9 @@ def check(args):
     if args.sparsity:
         check_pruning(args)
     given_structure(args)  # which refuses what it cannot read
+    for name, path in (("init", args.init), ("structure", args.structure)):
+        if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
+            fail(f"{name}: {path} lies in out_dir, which this run overwrites: use another --out_dir")
 
 
 def check_pruning(args):
