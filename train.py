@@ -272,10 +272,6 @@ class State:
     cut: dict = field(default_factory=dict)  # accuracies before and after the cut
 
 
-MODULES = ("net", "gates", "controller", "optimizer", "gate_optimizer")  # what has a state_dict
-VALUES = ("structure", "step", "history", "best_score", "best_weights", "cut")
-
-
 def read_parent(args):
     """The network that --init names, or None. Raises InputError unless it has the shape of this run's."""
     if not args.init:
@@ -367,10 +363,11 @@ def start(args, data, parent=None):
     controller = masks.Controller(args.gate_lr).to(args.device)
     run = State(net, gates, controller, weight_optimizer(net, args), gate_optimizer, opened)
     if saved:
-        for name in MODULES:
-            getattr(run, name).load_state_dict(saved[name])
-        for name in VALUES:
-            setattr(run, name, saved[name])
+        for name, part in vars(run).items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved[name])
+            else:
+                setattr(run, name, saved[name])
         run.structure = masks.Z(*run.structure)
     elif rank_and_world()[0] == 0:
         clear(out, args.resume)
@@ -427,9 +424,8 @@ def fingerprints(record):
 
 def save_checkpoint(run, args, data):
     """Write everything that the same command with --resume needs to end in the same bits."""
-    parts = {"setting": setting(args, data), "config": asdict(run.net.config)}
-    parts |= {name: getattr(run, name).state_dict() for name in MODULES}
-    parts |= {name: getattr(run, name) for name in VALUES} | {"structure": tuple(run.structure)}
+    parts = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in vars(run).items()}
+    parts |= {"structure": tuple(run.structure), "config": asdict(run.net.config), "setting": setting(args, data)}
     write(Path(args.out_dir, "checkpoint.pt"), lambda file: torch.save(parts, file))
 
 
