@@ -338,7 +338,8 @@ def print_data(args, data):
             for split, origin in about["splits"].items():
                 if origin != spec:
                     print(f"  {split}: {origin}")
-            print(f"  {len(about['labels'])} classes: {', '.join(about['labels'])[:60]}")
+            names = ", ".join(about["labels"])
+            print(f"  {len(about['labels'])} classes: {names if len(names) < 70 else names[:66] + ' ...'}")
     unknown = data.record["unknown"]
     print(f"{len(data.vocab)} known words; unknown are {unknown['train']:.1%} of the words in training, "
           f"{unknown['test']:.1%} in test")

@@ -590,17 +590,22 @@ def epoch_order(length, batch_size, rng):
     return np.concatenate(batches)
 
 
-def batch_order(examples, batch_size, seed):
+def batch_order(examples, batch_size, seed, difficulty=None):
     """A function from a step to the indices (batch_size,) of its examples: one shuffled epoch after another.
 
     The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
-    and a run that is resumed needs no state to go on.
+    and a run that is resumed needs no state to go on. difficulty: (N,) numbers, for epochs that go from easy
+    to hard (a curriculum); None = batches in random order.
     """
     length = np.diff(examples.start)
 
     @lru_cache(maxsize=2)
     def epoch(number):
-        return epoch_order(length, batch_size, np.random.default_rng([seed, number]))
+        rng = np.random.default_rng([seed, number])
+        if difficulty is None:
+            return epoch_order(length, batch_size, rng)
+        order = rng.permutation(len(length))  # equally difficult ones in random order
+        return order[np.argsort(difficulty[order], kind="stable")]
 
     def index(step):
         position = range(step * batch_size, (step + 1) * batch_size)

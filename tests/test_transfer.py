@@ -274,6 +274,17 @@ def test_neighbours_in_the_order_have_similar_lengths():
     assert waste(epoch_order(length, 32, rng)) < 0.1 and waste(rng.permutation(4096)) > 0.4
 
 
+def test_batches_can_go_from_easy_to_hard():
+    """With a difficulty every epoch is sorted by it, equal ones in an order of their own in every epoch."""
+    examples = tokenize([(f"text {i}", "x") for i in range(60)], 64, {word: i for i, word in enumerate(SPECIAL)}, {})
+    difficulty = np.arange(60) % 6
+    order = batch_order(examples, 10, 0, difficulty)
+    epochs = [np.concatenate([order(step) for step in range(6 * e, 6 * e + 6)]) for e in (0, 1)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(60)) and (np.diff(difficulty[epoch]) >= 0).all()
+    assert (epochs[0] != epochs[1]).any()
+
+
 def test_batches_are_padded_to_their_own_longest_text():
     word_id, label_id = {word: i for i, word in enumerate(SPECIAL)}, {}
     pairs = [("a b c d e", "x"), ("f", "y"), ("g h", "x")]
