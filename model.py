@@ -44,10 +44,11 @@ def words(text, max_length):
     parts = text if isinstance(text, tuple) else (text,)
     if not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"a text is a string or a tuple of strings, not {text!r:.80}")
-    limit = max(1, max_length - len(parts) + 1)
-    found = [WORD.findall(normalise(part.lstrip()[: 32 * limit]))[:limit] for part in parts]
-    while sum(map(len, found)) > limit:
-        max(reversed(found), key=len).pop()
+    room = max(1, max_length - (len(parts) - 1))  # words, beside the <sep> between parts
+    found = [WORD.findall(normalise(part.lstrip()[: 32 * room]))[:room] for part in parts]
+    while sum(len(part) for part in found) > room:
+        longest = max(reversed(found), key=len)  # of equally long parts the last one
+        longest.pop()
     joined = found[0]
     for part in found[1:]:
         joined = [*joined, SPECIAL[SEP], *part]

@@ -315,9 +315,23 @@ def yardstick():
 # ----------------------------------------------------------------------------- tables
 
 
-def column(name, setting, key="test_accuracy"):
-    """seed -> 100 * value, of one setting."""
-    return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
+def source(name, *settings):
+    """The file with a row of these settings for every seed: NAME, else that of earlier code, NAME_before."""
+    have = {(row["setting"], row["seed"]) for row in rows(name)}
+    complete = all((setting, seed) in have for setting in settings for seed in SEEDS)
+    return name if complete or not rows(f"{name}_before") else f"{name}_before"
+
+
+def column(name, setting, key="test_accuracy", *partners):
+    """seed -> 100 * value, of one setting, from the source that also has its partners."""
+    found = rows(source(name, setting, *partners))
+    return {row["seed"]: 100 * row[key] for row in found if row["setting"] == setting}
+
+
+def commits(name, *settings):
+    """The commits of the rows of a line, as text."""
+    found = rows(source(name, *settings))
+    return " ".join(sorted({row["commit"] for row in found if row["setting"] in settings}))
 
 
 def after_cut(name, setting):
@@ -343,7 +357,7 @@ def paired(a, b):
 
 def difference(name, setting, baseline, key="test_accuracy"):
     """Differences to the baseline, paired by seed."""
-    return paired(column(name, setting, key), column(name, baseline, key))
+    return paired(column(name, setting, key, baseline), column(name, baseline, key, setting))
 
 
 def shown(values, form=".1f"):
@@ -366,22 +380,26 @@ def simple(file, settings, baseline="none"):
     """Accuracy and paired gain over a baseline, one line a setting that has been run."""
     lines = []
     for setting in settings:
-        values = column(file, setting)
+        values = column(file, setting, "test_accuracy", baseline)
         if len(values) > 1:
             gain = "" if setting == baseline else shown(difference(file, setting, baseline), "+.1f")
             flags = FILES[file][setting] or "(defaults)"
-            lines.append([setting, f"`{flags}`", shown(values), gain, len(values)])
-    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
+            lines.append(
+                [setting, f"`{flags}`", shown(values), gain, len(values), commits(file, setting, baseline)]
+            )
+    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n", "commit"], lines)
 
 
 def labels_table():
     lines = []
     for n in (50, 200, 500, 2000):
         none, always = ("none", "always") if n == 200 else (f"{n} labels, none", f"{n} labels, always")
-        alone, helped = column("built_in", none), column("built_in", always)
-        if len(paired(helped, alone)) > 1:
-            lines.append([n, shown(alone), shown(helped), shown(paired(helped, alone), "+.1f"), len(alone)])
-    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
+        alone = column("built_in", none, "test_accuracy", always)
+        helped = column("built_in", always, "test_accuracy", none)
+        if len(gain := paired(helped, alone)) > 1:
+            commit = commits("built_in", none, always)
+            lines.append([n, shown(alone), shown(helped), shown(gain, "+.1f"), len(gain), commit])
+    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n", "commit"], lines)
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
@@ -458,27 +476,18 @@ def parent_table():
 def real_table():
     """Both recipes on every pair; what validation data choose is marked."""
     lines = []
-    for pair in dict.fromkeys(setting.split(": ")[0] for setting in REAL):
-        for setting in [s for s in REAL if s.startswith(f"{pair}: ")]:
-            none, recipe = f"{pair}: none", setting.split(": ")[1]
-            scores = [
-                column("real", setting, key)
-                for key in ("validation_accuracy", "test_accuracy", "test_macro_f1")
-            ]
-            if len(scores[0]) < 2:
-                continue
-            mean, _, half = loop.interval(
-                difference("real", f"{pair}: always", none, "validation_accuracy") or [0]
-            )
-            chosen = "always" if mean > half else "none"
-            keys = ("test_accuracy", "test_macro_f1")
-            gains = (
-                ["", ""]
-                if setting == none
-                else [shown(difference("real", setting, none, k), "+.1f") for k in keys]
-            )
-            mark = " (chosen)" if recipe == chosen else ""
-            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0])])
+    for setting in REAL:
+        pair, recipe = setting.split(": ")
+        none, always = f"{pair}: none", f"{pair}: always"
+        keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
+        scores = [column("real", setting, key, none, always) for key in keys]
+        if len(scores[0]) > 1:
+            mean, _, half = loop.interval(difference("real", always, none, "validation_accuracy"))
+            mark = " (chosen)" if recipe == ("always" if mean > half else "none") else ""
+            gains = [shown(difference("real", setting, none, key), "+.1f") for key in keys[1:]]
+            gains = ["", ""] if setting == none else gains
+            commit = commits("real", setting, none, always)
+            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0]), commit])
     head = [
         "pair",
         "transfer",
@@ -487,9 +496,8 @@ def real_table():
         "macro-F1",
         "paired gain on test",
         "gain in macro-F1",
-        "n",
     ]
-    return table(head, lines)
+    return table([*head, "n", "commit"], lines)
 
 
 def yardstick_table():
@@ -533,7 +541,12 @@ def tables():
         "parent": parent_table(),
         "real": real_table(),
         "yardstick": yardstick_table(),
-        "commits": ", ".join(sorted({f"{r['commit']} ({f}.jsonl)" for f in FILES for r in rows(f)})) + "\n",
+        "commits": "".join(
+            f"* {name}: {', '.join(sorted({r['commit'] for r in rows(name)}))}\n"
+            for file in FILES
+            for name in (file, f"{file}_before")
+            if rows(name)
+        ),
     }
     path = RESULTS / "README.md"
     text = path.read_text()
