@@ -158,7 +158,7 @@ def train(args):
     # ---- settings and data: everything that can be refused is refused before anything is written
     began, out = time.time(), Path(args.out_dir)
     check(args)
-    torch.set_float32_matmul_precision("medium")  # on a CPU: products by oneDNN, still in float32 precision
+    torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     parent = read_parent(args)
     data = load(args, parent.vocab if parent else [])
     run = start(args, data, parent)  # new, or as the interrupted run left it

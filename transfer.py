@@ -61,14 +61,15 @@ def couple(g_target, g_aux, coupling):
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
     both = [name for name in g_aux if name in g_target]
-    scale = 0.0
+    update = {**g_target, **g_aux}
+    for name in both:
+        update[name] = g_target[name] + g_aux[name]
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
         scale = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
-    update = {**g_target, **g_aux}
-    for name in both:
-        update[name] = g_target[name] + g_aux[name] - scale * g_target[name]
+        for name in both:
+            update[name] = update[name] - scale * g_target[name]
     return update
 
 
