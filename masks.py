@@ -30,8 +30,8 @@ loss_of() are yours, and head_size and ffn_size count the parameters of a head a
         controller.ascend(gap)
     structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # zeros and ones: cut, then fine-tune
 
-The encoder above has no biases (bias=False). A bias behind a gate has to be gated too, or a closed unit goes
-on speaking: linear2.bias by z.ffn[i]; the bias of an output projection belongs to no head, so leave it out.
+The encoder above has no biases (bias=False). A bias behind a gate has to be gated too, or a closed unit still
+contributes: linear2.bias by z.ffn[i]; the bias of an output projection belongs to no head, so leave it out.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
 (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -133,9 +133,9 @@ class Controller(nn.Module):
 
     to be minimised over log_alpha while lambda1 ascends (Wang et al. 2020 let both factors ascend; the second
     one's gradient is a square, so that it would climb for ever). The spring pulls at once, but leaves a gap
-    where the task pushes back. The multiplier adds up what the spring leaves, until it equals what a
-    parameter is worth to the task: it is the price of a parameter. A gap beyond LAG counts as LAG, because
-    gates move by about gate_lr a step at most, and the multiplier would add up mere lag and overshoot.
+    where the task pushes back. The multiplier adds up what the spring leaves, until -lambda1 equals the rise
+    of the task's loss per unit of sparsity: it is the price of the parameters. A gap beyond LAG counts as
+    LAG, because gates move by about gate_lr a step at most: lambda1 would add up mere lag, and overshoot.
 
     The penalty may be negative; what moves the gates is its slope lambda1 + 2 SPRING gap: they close while it
     is negative, and open while it is positive.
@@ -148,7 +148,7 @@ class Controller(nn.Module):
 
     def penalty(self, gap):
         """To be added to the loss. gap: expected minus target sparsity, ()."""
-        return self.lambda1.clone() * gap + SPRING * gap**2
+        return self.lambda1 * gap + SPRING * gap**2
 
     @torch.no_grad()
     def ascend(self, gap):

@@ -90,7 +90,7 @@ class Block(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_head) + attn_mask  # (B, H, T, T)
         context = scores.softmax(-1) @ v  # (B, H, T, D)
         if z is not None:
-            context = context * z.view(-1, 1, 1)  # a closed head says nothing
+            context = context * z.view(-1, 1, 1)  # a closed head contributes zero
         return self.out(context.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def feed_forward(self, x, z=None):
@@ -124,7 +124,7 @@ class GatedTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
         self.classifier = nn.ModuleDict({t: nn.Linear(config.d_model, len(n)) for t, n in labels.items()})
-        nn.init.normal_(self.token.weight, std=0.02)  # large vectors make it easy to memorise texts
+        nn.init.normal_(self.token.weight, std=0.02)  # with torch's 1.0 it is too easy to memorise texts
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, ids, task, z=None, drop=None):
@@ -208,7 +208,7 @@ def prunable(model):
 
 @torch.no_grad()
 def extract(model, z):
-    """A physically smaller model that computes what `model` computes under the gates z.
+    """A physically smaller model that computes what the unpruned `model` computes under the gates z.
 
     z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied
     into the output projections. All heads of a layer closed means that the layer has no attention any more.
@@ -241,7 +241,7 @@ def main():
     except Exception:  # whatever a missing, truncated or foreign file provokes
         fail(f"{sys.argv[1]} is not a network that train.py saved")
     try:
-        lines = sys.stdin.buffer.read().decode().splitlines()
+        lines = sys.stdin.buffer.read().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         fail(f"the texts are not UTF-8: {error}")
     probabilities = model.probabilities([tuple(line.split("\t")) for line in lines])

@@ -3,10 +3,10 @@
     python train.py --aux_weight 0.5 --transfer_start 1000              # built-in pair of tasks, no download
     python train.py --aux_weight 0                                      # the same without transfer
     python train.py --target path/to/mine --aux path/to/other           # folders with train.jsonl, ...
-    python train.py --target nyu-mll/glue:rte --aux nyu-mll/glue:mnli   # the hub, with configuration
+    python train.py --target cornell-movie-review-data/rotten_tomatoes  # the hub; owner/name:configuration
 
     0 ............ prune_start ....... prune_start+prune_ramp ....... steps-finetune_steps ....... steps
-    dense training | sparsity target rises | held at the target      | structure fixed, fine-tune  |
+    dense training | target sparsity rises | held at its full value   | structure fixed, fine-tune  |
          transfer_start ........................................ transfer_stop
 
 Read `train` first; what it calls stands below it, in the order of the calls.
@@ -106,7 +106,7 @@ def check(args):
     ones = "max_length n_layer n_head d_model batch_size prune_ramp finetune_steps checkpoint_every steps"
     lowest = dict.fromkeys(ones.split(), 1) | {"vocab_size": 4, "seeds": 1, "lr": 1e-9, "gate_lr": 1e-9}
     highest = {"structure_seed": 99, "dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
-    highest |= {"finetune_steps": args.steps, "target_start": args.steps}
+    highest |= {"steps": 10_000_000, "finetune_steps": args.steps, "target_start": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -156,12 +156,13 @@ CAUGHT = []  # signals that asked the process to stop; the loop ends between two
 def train(args):
     """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
     # ---- settings and data: everything that can be refused is refused before anything is written
-    began, out = time.time(), Path(args.out_dir)
+    out = Path(args.out_dir)
     check(args)
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     parent = read_parent(args)
     data = load(args, parent.vocab if parent else [])
     run = start(args, data, parent)  # new, or as the interrupted run left it
+    began = time.time() - run.seconds
 
     # ---- schedule and tasks
     finetune_start = args.steps - args.finetune_steps
@@ -219,7 +220,7 @@ def train(args):
         if gates:
             gates.clamp_()
             run.controller.ascend(gap)
-        run.step = step + 1
+        run.step, run.seconds = step + 1, time.time() - began
 
         # evaluation, the best network of the fine-tuning, checkpoint
         bar.set_postfix(terms, phase=phase, refresh=False)
@@ -233,8 +234,8 @@ def train(args):
             lines = "".join(json.dumps(row) + "\n" for row in run.history)
             write(out / "history.jsonl", lambda file: file.write(lines.encode()))
             if not shows:
-                print(f"step {run.step:5d}  {phase:8}  loss {loss_target:.3f}  sparsity "
-                      f"{row['expected_sparsity']:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
+                print(f"step {run.step:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
+                      f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
             score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > run.best_score:
                 run.best_score = score
@@ -248,8 +249,8 @@ def train(args):
     if not writes:
         return None
     run.net.load_state_dict(run.best_weights)
-    result = {**summary(run, args, data), "seconds": time.time() - began}
     write(out / "pruned.pt", run.net.save)
+    result = summary(run, args, data)
     write(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return result
@@ -266,6 +267,7 @@ class State:
     gate_optimizer: torch.optim.Optimizer
     structure: masks.Z  # zeros and ones; all ones until it is chosen
     step: int = 0  # steps done
+    seconds: float = 0.0  # spent on them, before and after an interruption
     history: list = field(default_factory=list)  # the rows of history.jsonl
     best_score: tuple = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
     best_weights: dict | None = None
@@ -305,9 +307,7 @@ def inherit(net, parent):
         for part in ("weight", "bias"):
             state[f"classifier.auxiliary.{part}"] = getattr(parent.classifier["target"], part)
     net.load_state_dict(state, strict=False)
-    for word in parent.vocab:
-        if word in net.word_id:
-            net.token.weight[net.word_id[word]] = parent.token.weight[parent.word_id[word]]
+    net.token.weight[[net.word_id[word] for word in parent.vocab]] = parent.token.weight
 
 
 def load(args, parent_words):
@@ -348,7 +348,7 @@ def print_data(args, data):
 
 
 def start(args, data, parent=None):
-    """The State of a new run or, with --resume, of the interrupted one. Makes the output folder its own."""
+    """The State of a new run or, with --resume, of the interrupted one. Prepares the output folder."""
     torch.manual_seed(args.seed)
     net = dense_network(args, data)
     if parent:
@@ -426,7 +426,8 @@ def fingerprints(record):
 def save_checkpoint(run, args, data):
     """Write everything that the same command with --resume needs to end in the same bits."""
     parts = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in vars(run).items()}
-    parts |= {"structure": tuple(run.structure), "config": asdict(run.net.config), "setting": setting(args, data)}
+    parts |= {"structure": tuple(run.structure), "config": asdict(run.net.config)}
+    parts["setting"] = setting(args, data)
     write(Path(args.out_dir, "checkpoint.pt"), lambda file: torch.save(parts, file))
 
 
@@ -524,8 +525,8 @@ def lr_at(step, lr, finetune_start, steps):
 def noise_seed(seed, task, step):
     """Seed of everything random about the batch of one task ("target" or "auxiliary") at one step.
 
-    Distinct for every task and step of all runs with seeds below 200: they are spaced by more steps than a
-    run has, and stay below 2**32, since torch's CPU generator reads no further bits of a seed.
+    Distinct for every task and step of all runs with seeds below 200: they are spaced by the most steps that
+    a run may have, and stay below 2**32, since torch's CPU generator reads no further bits of a seed.
     """
     return (2 * seed + (task == "auxiliary")) * 10_000_000 + step
 
@@ -632,10 +633,10 @@ def summary(run, args, data):
     dense = dense_network(args, data)
     sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
     slow, fast = latency_ms([dense, run.net], sample)
-    prob, sizes = run.gates.prob_open(), model.unit_sizes(args.d_model, args.n_head)
+    learned = args.sparsity and args.structure == "learned"
+    prob = run.gates.prob_open() if learned else run.structure
+    sizes = model.unit_sizes(args.d_model, args.n_head)
     scores, n = evaluate(run.net, data.test, None, args.device), len(data.test.label)
-    git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True)
     return {
         **{f"test_{name}": score for name, score in scores.items()},
         "test_interval": wilson(scores["accuracy"], n), "label_order": data.labels["target"],
@@ -649,8 +650,17 @@ def summary(run, args, data):
         "params_pruned": sum(p.numel() for p in run.net.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
         "data": data.record, "seed": args.seed, "notes": data.notes, "args": vars(args),
-        "torch": torch.__version__, "commit": commit.stdout.strip() or None,
+        "torch": torch.__version__, "commit": commit(), "seconds": run.seconds,
     }
+
+
+def commit():
+    """Short hash of the commit of this file, or None without git or a repository."""
+    try:
+        git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def wilson(share, n):
@@ -665,9 +675,10 @@ def report(result):
     low, high = result["test_interval"]
     print(f"test accuracy {result['test_accuracy']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]   macro-F1 "
           f"{result['test_macro_f1']:.3f}   validation accuracy {result['validation_accuracy']:.3f}")
-    print(f"(always answering the most frequent class: {result['test_majority']:.3f})")
+    print(f"(majority-class baseline: {result['test_majority']:.3f})")
     print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested "
-          f"{result['target_sparsity']:.3f}; {result['params_pruned']:,} of {result['params_dense']:,} parameters left")
+          f"{result['target_sparsity']:.3f}; {result['params_pruned']:,} of {result['params_dense']:,} "
+          f"parameters left")
     if "accuracy_before_cut" in result:
         print(f"test accuracy before the cut {result['accuracy_before_cut']['test']:.3f}, right after it "
               f"{result['accuracy_after_cut']['test']:.3f}")
@@ -785,7 +796,7 @@ def main():
         elif result := train(args):
             report(result)
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(stop, file=sys.stderr)

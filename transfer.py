@@ -37,7 +37,7 @@ def transferred(parameters, transfer):
     """What: the parameters that the auxiliary gradient may touch, by the value of --transfer.
 
     parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of them. The
-    auxiliary classifier always learns. Sharing by layer, say, is a condition on the name.
+    auxiliary classifier always learns. To share only some layers, test the name here.
     """
     reached = {}
     for name, p in parameters.items():
@@ -398,7 +398,7 @@ def fingerprint(examples, names):
 def held_out(text):
     """Boolean mask (N,) of about a tenth of the rows, at most a fifth, by the hashes (N,) of their texts.
 
-    Different texts are taken in order of their hashes, with all their rows; one with too many is passed over.
+    Distinct texts in order of hash, duplicates together; a text with too many of them is passed over.
     """
     chosen, taken = [], 0
     for value, count in zip(*np.unique(text, return_counts=True)):  # sorted by hash
@@ -491,7 +491,7 @@ def limited_subset(label, n, seed):
 
 def choose_vocab(train, aux, word_id, vocab_size, parent_words):
     """Old word ids in order of their new ids: SPECIAL, the target's training words, a parent's, the auxiliary
-    task's, vocab_size in all (but a parent keeps its own).
+    task's; vocab_size at most, except that all words of a parent are kept.
 
     Each by frequency. No word of the auxiliary task takes the place of one of the target.
     """

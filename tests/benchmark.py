@@ -146,9 +146,15 @@ def torch_step(d_model, n_layer, tokens):
 def bert_step(d_model, n_layer, tokens):
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=tokens, hidden_act="relu",
-                        hidden_size=d_model, intermediate_size=4 * d_model,
-                        num_hidden_layers=n_layer, num_attention_heads=4)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=tokens,
+        hidden_act="relu",
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layer,
+        num_attention_heads=4,
+    )
     bert = BertModel(config, add_pooling_layer=False).train()
 
     def encode(ids, padding):
@@ -240,8 +246,14 @@ def peak():  # MB that this process has needed at most (Linux)
 def python(code, *flags, **environment):
     """Run code in a process of its own; returns its seconds and the last line that it printed."""
     start, environment = time.perf_counter(), os.environ | environment
-    done = subprocess.run([sys.executable, "-c", HEAD + code, *flags],
-                          check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + code, *flags],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
     return time.perf_counter() - start, done.stdout.splitlines()[-1]
 
 

@@ -413,16 +413,15 @@ def cuts_table(task):
             names = {kind: f"{task}, {kind}, {window}, {steps}" for kind in KINDS}
             found = {kind: structure_column("cuts", name) for kind, name in names.items()}
             if any(len(values) > 1 for values in found.values()):
-                gains = [
-                    shown(paired(found["learned then cut"], found[k]), "+.1f") for k in ("bottom", "random")
-                ]
+                others = ("bottom", "random", "learned")
+                gains = [shown(paired(found["learned then cut"], found[k]), "+.1f") for k in others]
                 lines.append([window, steps, *(shown(found[kind]) for kind in KINDS), *gains])
     first = {kind: f"{task}, {kind}, until the cut, 800" for kind in KINDS}
     right_after = [shown(structure_column("cuts", name, after_cut)) for name in first.values()]
     if any(cell != "-" for cell in right_after):
-        lines.insert(0, ["", "0 (right after)", *right_after, "", ""])
-    head = ["transfer", "fine-tuning steps", *KINDS, "learned then cut minus bottom", "minus random"]
-    return table(head, lines)
+        lines.insert(0, ["", "0 (right after)", *right_after, "", "", ""])
+    differences = ["learned then cut minus bottom", "minus random", "minus learned"]
+    return table(["transfer", "fine-tuning steps", *KINDS, *differences], lines)
 
 
 def sparsity_table():
@@ -464,7 +463,7 @@ def parent_table():
     lines = []
     for setting in PARENT:
         values, valid = column("parent", setting), column("parent", setting, "validation_accuracy")
-        if len(values) > 1:
+        if len(values) > 2:
             none = f"{setting.rsplit(', ', 1)[0]}, none"
             gain = "" if setting == none else shown(difference("parent", setting, none), "+.1f")
             lines.append([setting, shown(valid), shown(values), gain, len(values)])
@@ -587,16 +586,22 @@ def pictures():
     axis.legend()
     figure.savefig(RESULTS / "labels.png", dpi=110)
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    starts = {"scratch": "from scratch", "parent": "from a parent"}
+    measured = {row["setting"].split(",")[0] for row in rows("sparsity")}
+    starts = {start: title for start, title in starts.items() if start in measured}
+    size = (1 + 4.5 * len(starts), 3.2)
+    figure, axes = plt.subplots(
+        1, len(starts), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
     cuts = [0.5, 0.6, 0.7, 0.8, 0.9]
     styles = {"learned then cut": (blue, "o"), "bottom": (orange, "s"), "random": (green, "^")}
-    for axis, start, title in zip(axes, ("scratch", "parent"), ("from scratch", "from a parent")):
+    for axis, (start, title) in zip(axes[0], starts.items()):
         for kind, (colour, mark) in styles.items():
             found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
             curve(axis, [100 * cut for cut in cuts], found, color=colour, marker=mark, label=kind)
-        axis.set(title=title, xlabel="sparsity, %")
-    axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend()
+        axis.set(title=title, xlabel="sparsity, %", xticks=[100 * cut for cut in cuts])
+    axes[0][0].set_ylabel("test accuracy, %")
+    axes[0][0].legend()
     figure.savefig(RESULTS / "sparsity.png", dpi=110)
 
 

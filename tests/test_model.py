@@ -333,6 +333,8 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     assert [float(p) for _, p in printed] == pytest.approx(
         model.probabilities(asked).amax(1).tolist(), abs=6e-4
     )
+    odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else
+    assert command(tmp_path / "pruned.pt", odd.encode()).stdout.count(b"\n") == 2
     for path, texts, reason in (
         (tmp_path / "none.pt", b"a", "none.pt"),
         (tmp_path / "foreign.pt", b"a", "foreign.pt"),

@@ -234,6 +234,22 @@ def test_an_output_folder_that_vanishes_ends_the_run_with_one_line(tmp_path, mon
     assert code == 2 and error.count("\n") == 1 and "out" in error
 
 
+def test_a_machine_without_git_keeps_the_finished_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, error = run_main(*TINY, "--out_dir", tmp_path / "out")
+    assert (code, error) == (0, "")
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["commit"] is None
+    assert (tmp_path / "out" / "pruned.pt").exists()
+
+
+def test_memory_that_cannot_be_had_is_one_line_even_without_words(tmp_path, monkeypatch):
+    def nothing_left(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "train", nothing_left)
+    assert run_main(*TINY, "--out_dir", tmp_path) == (2, "error: out of memory\n")
+
+
 # ---- hostile input
 
 

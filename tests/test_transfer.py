@@ -276,7 +276,9 @@ def test_neighbours_in_the_order_have_similar_lengths():
 
 def test_batches_can_go_from_easy_to_hard():
     """With a difficulty every epoch is sorted by it, equal ones in an order of their own in every epoch."""
-    examples = tokenize([(f"text {i}", "x") for i in range(60)], 64, {word: i for i, word in enumerate(SPECIAL)}, {})
+    examples = tokenize(
+        [(f"text {i}", "x") for i in range(60)], 64, {word: i for i, word in enumerate(SPECIAL)}, {}
+    )
     difficulty = np.arange(60) % 6
     order = batch_order(examples, 10, 0, difficulty)
     epochs = [np.concatenate([order(step) for step in range(6 * e, 6 * e + 6)]) for e in (0, 1)]
