@@ -474,7 +474,7 @@ def test_without_sparsity_nothing_is_pruned(tmp_path):
     assert result["delivered_sparsity"] == 0 and result["params_pruned"] == result["params_dense"]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("sparsity", [0.7, 0.9])
 def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
     """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
     wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
