@@ -225,8 +225,7 @@ def train(args):
         # evaluation, the best network of the fine-tuning, checkpoint
         bar.set_postfix(terms, phase=phase, refresh=False)
         if writes and (run.step % EVAL_EVERY == 0 or run.step == args.steps):
-            z = gates.deterministic() if gates else None
-            scores = evaluate(run.net, data.validation, z, args.device)
+            scores = evaluate(run.net, data.validation, gates.deterministic() if gates else None, args.device)
             row = {"step": run.step, "phase": phase, "aux_weight": aux_weight if auxiliary else 0.0, **terms,
                    "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}

@@ -2,8 +2,8 @@
 
     python tests/experiments.py run                 # every run whose row is missing, in this process
     python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
-    python tests/experiments.py run 0 1 built_in "real:sst2"    # the rows of one file; of settings that start so
-    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder (needs scikit-learn, see there)
+    python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
+    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder (needs scikit-learn)
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
 Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
@@ -340,7 +340,7 @@ def after_cut(name, setting):
 
 
 def three(name, setting, get=column):
-    """seed -> the mean over the three random structures of a seed; "random" in the setting stands for them."""
+    """seed -> the mean over the three random structures of a seed; "random" stands for them."""
     parts = [get(name, setting.replace("random", f"random {i}")) for i in range(3)]
     common = parts[0].keys() & parts[1].keys() & parts[2].keys()
     return {seed: statistics.mean(part[seed] for part in parts) for seed in sorted(common)}

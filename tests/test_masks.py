@@ -148,8 +148,8 @@ def test_lambda1_is_the_price_of_a_parameter():
 
 
 def test_the_dozen_lines_of_the_docstring_gate_a_torch_encoder():
-    """Exactly the snippet that masks.py shows, on a small torch.nn.TransformerEncoder: the task is learned, the
-    structure meets its budget, and units whose gate is 0 add nothing."""
+    """Exactly the snippet that masks.py shows, on a small torch.nn.TransformerEncoder: the task is learned,
+    the structure meets its budget, and units whose gate is 0 add nothing."""
     snippet = textwrap.dedent(re.search(r"\n\n(    gates, controller.*?)\n\n", masks.__doc__, re.S)[1])
     torch.manual_seed(0)
     n_layer, n_head, d_head = 2, 4, 4

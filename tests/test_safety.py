@@ -100,7 +100,7 @@ def test_an_interrupted_run_writes_a_checkpoint_says_so_and_goes_on(tmp_path, un
 
 @pytest.mark.parametrize("stop", [7, 30, 50])
 def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
-    """Stopped before and after the cut. What the parent or the structure holds must not have changed meanwhile."""
+    """Stopped in the dense phase, before the cut and after it."""
     small = (
         "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 --d_model 8"
     )
@@ -219,6 +219,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tm
     monkeypatch.setattr(os, "fsync", full)
     code, error = run_main(*FLAGS, "--out_dir", tmp_path)
     assert code == 2 and error.count("\n") == 1 and "No space left" in error
+    assert not list(tmp_path.glob("*.tmp"))
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 80
 
 
