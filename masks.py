@@ -164,19 +164,21 @@ def select(prob, sparsity, head_size, ffn_size):
     and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
     layer by layer, cannot miss the budget.
 
-    The most probable feed-forward sublayer is considered before everything else: a feed-forward sublayer is
-    as large as many heads, so that under a tight budget a purely greedy choice fills up with heads and may
-    drop all of them at once.
+    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and may
+    drop all of them at once. Therefore the most probable one comes first, provided that it leaves room for a head
+    in every layer.
     """
-    n_heads = prob.head.numel()
     p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
-    size = [head_size] * n_heads + [ffn_size] * prob.ffn.numel()
-    order = p.argsort(descending=True, stable=True).tolist()
-    first = n_heads + prob.ffn.argmax().item()
-    order.remove(first)
+    n_heads, n_layer = prob.head.numel(), prob.ffn.numel()
+    size = [head_size] * n_heads + [ffn_size] * n_layer
     room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
+    order = p.argsort(descending=True, stable=True).tolist()
+    if ffn_size + n_layer * head_size <= room:
+        first = n_heads + prob.ffn.argmax().item()
+        order.remove(first)
+        order.insert(0, first)
     keep = torch.zeros_like(p)
-    for i in [first, *order]:
+    for i in order:
         if size[i] <= room:
             keep[i] = 1
             room -= size[i]

@@ -201,11 +201,15 @@ def test_selection_keeps_the_most_probable_units():
     assert z.head.tolist() == [[1, 0], [0, 1]] and z.ffn.tolist() == [1, 0]
 
 
-def test_selection_never_drops_all_feed_forward_sublayers_if_one_fits():
-    """Heads that are all more probable than any feed-forward sublayer still leave room for one."""
+def test_selection_keeps_a_feed_forward_sublayer_if_it_leaves_a_head_to_every_layer():
+    """Heads that are all more probable than any feed-forward sublayer leave room for one, but are not given up
+    for it: at 80 % it would take the place of eight of the nine heads, at 90 % it does not fit at all."""
     prob = Z(torch.full((4, 4), 0.9), torch.tensor([0.1, 0.2, 0.3, 0.1]))
     assert select(prob, 0.7, HEAD, FFN).ffn.tolist() == [0, 0, 1, 0]
     assert select(prob, 0.5, HEAD, FFN).ffn.sum() >= 1
-    assert (
-        select(prob, 0.9, HEAD, FFN).head.sum() == 4
-    )  # a feed-forward sublayer is more than 10 % of four layers
+    for sparsity, n in ((0.8, 9), (0.9, 4)):
+        z = select(prob, sparsity, HEAD, FFN)
+        assert z.head.sum() == n and z.ffn.sum() == 0
+    room_for_it = 1 - (FFN + 4 * HEAD) / (16 * HEAD + 4 * FFN)  # and exactly one head a layer
+    assert select(prob, room_for_it, HEAD, FFN).ffn.sum() == 1
+    assert select(prob, room_for_it + 0.001, HEAD, FFN).ffn.sum() == 0
