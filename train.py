@@ -123,7 +123,6 @@ def check(args):
         fail("torchrun needs a batch_size divisible by its processes, and neither --seeds nor --baseline")
     if args.sparsity:
         check_pruning(args)
-    given_structure(args)  # which refuses what it cannot read
     for name, path in (("init", args.init), ("structure", args.structure)):
         if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
             fail(f"{name}: {path} lies in out_dir, which this run overwrites: use another --out_dir")
@@ -159,14 +158,15 @@ def train(args):
     out = Path(args.out_dir)
     check(args)
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
-    parent = read_parent(args)
-    data = load(args, parent.vocab if parent else [])
+    given = given_structure(args)  # None if gates learn it
+    parent = read_parent(args)  # None if the weights start at random
+    data = load(args, parent)
     run = start(args, data, parent)  # new, or as the interrupted run left it
     began = time.time() - run.seconds
 
     # ---- schedule and tasks
     finetune_start = args.steps - args.finetune_steps
-    prune_start = args.prune_start if args.sparsity and args.structure == "learned" else finetune_start
+    prune_start = args.prune_start if args.sparsity and not given else finetune_start
     sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args)
     auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
@@ -180,7 +180,7 @@ def train(args):
         gates = run.gates if phase == "prune" else None  # the gates that are at work
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
             before = accuracies(run.net, run.gates.deterministic(), data, args.device)
-            run.structure = choose_structure(run.gates, args)
+            run.structure = given or masks.select(run.gates.prob_open(), args.sparsity, *sizes)
             run.net = model.extract(run.net, run.structure)
             after = accuracies(run.net, None, data, args.device)
             run.cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
@@ -231,7 +231,7 @@ def train(args):
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
             lines = "".join(json.dumps(row) + "\n" for row in run.history)
-            write(out / "history.jsonl", lambda file: file.write(lines.encode()))
+            write(out / "history.jsonl", lines.encode())
             if not shows:
                 print(f"step {run.step:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
                       f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
@@ -248,9 +248,10 @@ def train(args):
     if not writes:
         return None
     run.net.load_state_dict(run.best_weights)
-    write(out / "pruned.pt", run.net.save)
+    run.net.save(file := io.BytesIO())
+    write(out / "pruned.pt", file.getvalue())
     result = summary(run, args, data)
-    write(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    write(out / "result.json", json.dumps(result, indent=1).encode())
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
@@ -271,6 +272,40 @@ class State:
     best_score: tuple = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
     best_weights: dict | None = None
     cut: dict = field(default_factory=dict)  # accuracies before and after the cut
+
+
+def given_structure(args):
+    """The structure, a Z, that --structure asks for without looking at the gates; None if they choose it."""
+    L, H = args.n_layer, args.n_head
+    if args.structure == "learned":
+        return None
+    if args.structure == "random":
+        generator = torch.Generator().manual_seed(100 * args.seed + args.structure_seed)
+        prob = masks.Z(torch.rand(L, H, generator=generator), torch.rand(L, generator=generator))
+    elif args.structure == "bottom":
+        height = torch.linspace(1, 0, L)
+        prob = masks.Z(height.view(L, 1).expand(L, H), height)
+    else:
+        return read_structure(args)
+    kept = masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, H))
+    return masks.Z(kept.head.to(args.device), kept.ffn.to(args.device))
+
+
+def read_structure(args):
+    """The structure, a Z, of the run whose result.json --structure names. Raises InputError unless it fits."""
+    try:
+        result = json.loads(Path(args.structure).read_text())
+        head = torch.tensor(result["heads_kept"], device=args.device).float()  # (L, H)
+        ffn = torch.tensor(result["ffn_kept"], device=args.device).float()  # (L,)
+        sparsity = result["target_sparsity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
+    if head.shape != (args.n_layer, args.n_head) or ffn.shape != (args.n_layer,):
+        fail(f"structure: {args.structure} has {len(ffn)} layers of {head.shape[-1]} heads, this run has "
+             f"{args.n_layer} of {args.n_head}")
+    if sparsity != args.sparsity:
+        fail(f"structure: {args.structure} was chosen for sparsity {sparsity}, not {args.sparsity}")
+    return masks.Z(head, ffn)
 
 
 def read_parent(args):
@@ -309,13 +344,13 @@ def inherit(net, parent):
     net.token.weight[[net.word_id[word] for word in parent.vocab]] = parent.token.weight
 
 
-def load(args, parent_words):
-    """The Data of a run; prints what was found."""
+def load(args, parent=None):
+    """The Data of a run; prints what was found. parent: the network to start from, whose words stay known."""
     target = transfer.Source(args.target, args.text_columns, args.label_column)
     aux = transfer.Source(args.aux, args.aux_text_columns, args.aux_label_column, "aux_")
     data = transfer.prepare(target, None if args.aux == "none" else aux, n_target=args.n_target,
                             max_length=args.max_length, vocab_size=args.vocab_size, seed=args.seed,
-                            parent_words=parent_words)
+                            parent_words=parent.vocab if parent else [])
     if args.aux_shuffle and data.aux:
         shuffled = np.random.default_rng(args.seed).permutation(data.aux.label)
         data = data._replace(aux=data.aux._replace(label=shuffled))
@@ -427,7 +462,8 @@ def save_checkpoint(run, args, data):
     parts = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in vars(run).items()}
     parts |= {"structure": tuple(run.structure), "config": asdict(run.net.config)}
     parts["setting"] = setting(args, data)
-    write(Path(args.out_dir, "checkpoint.pt"), lambda file: torch.save(parts, file))
+    torch.save(parts, file := io.BytesIO())
+    write(Path(args.out_dir, "checkpoint.pt"), file.getvalue())
 
 
 def read_checkpoint(path, args, data):
@@ -443,16 +479,15 @@ def read_checkpoint(path, args, data):
     return saved
 
 
-def write(path, save):
-    """Write a file so that, whatever fails, it is complete or as before, and nothing temporary stays.
+def write(path, content):
+    """Write bytes to a file that is complete or as before, whatever fails; nothing temporary stays.
 
-    save: a function that writes into a binary file. Raises OSError when the disk is full or the folder gone.
+    Raises OSError when the disk is full or the folder gone.
     """
-    save(content := io.BytesIO())
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.getvalue())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -478,42 +513,6 @@ def phase_at(step, prune_start, finetune_start):
     if step >= finetune_start:
         return "finetune"
     return "prune" if step >= prune_start else "dense"
-
-
-def choose_structure(gates, args):
-    """The 0/1 structure, a Z, that --structure and --sparsity ask for."""
-    prob = gates.prob_open()
-    if args.structure == "random":
-        generator = torch.Generator().manual_seed(100 * args.seed + args.structure_seed)
-        prob = masks.Z(*(torch.rand(p.shape, generator=generator).to(p) for p in prob))
-    elif args.structure == "bottom":
-        height = torch.linspace(1, 0, args.n_layer, device=args.device)
-        prob = masks.Z(height.view(-1, 1).expand(prob.head.shape), height)
-    elif given := given_structure(args):
-        return given
-    return masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, args.n_head))
-
-
-def given_structure(args):
-    """The structure, a Z, in the result.json that --structure names, or None if it names a rule.
-
-    Raises InputError unless it has the shape and the requested sparsity of this run.
-    """
-    if args.structure in ("learned", "random", "bottom"):
-        return None
-    try:
-        result = json.loads(Path(args.structure).read_text())
-        head = torch.tensor(result["heads_kept"], device=args.device).float()  # (L, H)
-        ffn = torch.tensor(result["ffn_kept"], device=args.device).float()  # (L,)
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
-    if head.shape != (args.n_layer, args.n_head) or ffn.shape != (args.n_layer,):
-        fail(f"structure: {args.structure} has {len(ffn)} layers of {head.shape[-1]} heads, this run has "
-             f"{args.n_layer} of {args.n_head}")
-    if result["target_sparsity"] != args.sparsity:
-        fail(f"structure: {args.structure} was chosen for sparsity {result['target_sparsity']}, "
-             f"not {args.sparsity}")
-    return masks.Z(head, ffn)
 
 
 def lr_at(step, lr, finetune_start, steps):
@@ -697,6 +696,7 @@ def series(args):
     out_dir/results.jsonl keeps their rows; runs whose row is already there are not repeated. Returns
     {aux_weight: list of results in order of seed}.
     """
+    check(args)
     path = Path(args.out_dir, "results.jsonl")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
     weights = [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]
@@ -704,8 +704,7 @@ def series(args):
     if any(essential({**row["args"], "seed": 0}) not in ours for row in rows):
         fail(f"{path} holds runs with other flags: use another --out_dir")
     if rows:
-        parent = read_parent(args)
-        now = fingerprints(load(args, parent.vocab if parent else []).record)
+        now = fingerprints(load(args, read_parent(args)).record)
         if any(fingerprints(row["data"]) != now for row in rows):
             fail(f"{path} holds runs on other data: use another --out_dir")
     results = {weight: [] for weight in weights}
@@ -720,7 +719,7 @@ def series(args):
             else:
                 rows.append(row := train(one))
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
-                write(path, lambda file: file.write(lines.encode()))
+                write(path, lines.encode())
             results[weight].append(row)
     return results
 
@@ -789,7 +788,6 @@ def main():
         else:
             signal.signal(signal.SIGINT, catch)
             signal.signal(signal.SIGTERM, catch)
-        check(args)
         if args.seeds > 1 or args.baseline:
             report_series(series(args))
         elif result := train(args):

@@ -167,8 +167,8 @@ class SharedStart:
     """Runs that are equal up to the cut start there, from a copy of the first one's state."""
 
     def __init__(self):
-        self.kept, self.key, self.start, self.choose = {}, None, loop.start, loop.choose_structure
-        loop.start, loop.choose_structure = self.start_or_copy, self.choose_and_keep
+        self.kept, self.key, self.start, self.accuracies = {}, None, loop.start, loop.accuracies
+        loop.start, loop.accuracies = self.start_or_copy, self.keep_and_measure
 
     def before_cut(self, args):
         """What determines a run until the cut: not how long it goes on, and not what is cut in one step."""
@@ -188,9 +188,10 @@ class SharedStart:
             self.run = self.start(args, data, parent)
         return self.run
 
-    def choose_and_keep(self, gates, args):
+    def keep_and_measure(self, *arguments):
+        """The first accuracies that a run takes are those before its cut: what it is then, it was until then."""
         self.kept.setdefault(self.key, copy.deepcopy(self.run))
-        return self.choose(gates, args)
+        return self.accuracies(*arguments)
 
 
 def result_of(file, setting, flags, seed):

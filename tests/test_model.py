@@ -1,5 +1,6 @@
 """Claims about the transformer, its gates in place, and extraction (model.py)."""
 
+import io
 import math
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from masks import Z
 from model import (
     PAD,
@@ -316,30 +318,37 @@ def test_predict_has_one_rule_for_pairs_and_gives_probabilities():
             model.predict(wrong)
 
 
-def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_path):
+def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_path, monkeypatch, capsys):
     """A tab parts the texts of a pair; a missing or foreign file and other encodings are one line."""
-    model = network()
-    model.save(tmp_path / "pruned.pt")
+    net = network()
+    net.save(tmp_path / "pruned.pt")
     (tmp_path / "foreign.pt").write_text("something else")
 
     def command(path, texts):
-        line = [sys.executable, "model.py", *([path] if path else [])]
-        return subprocess.run(line, input=texts, capture_output=True)
+        """(exit code, stdout, stderr) of the command line, inside this process."""
+        monkeypatch.setattr(sys, "argv", ["model.py", *([str(path)] if path else [])])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts)))
+        try:
+            code = model.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
 
-    done = command(tmp_path / "pruned.pt", "w1 w2\n\nw1\tw2\n".encode())
-    printed = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    texts = "w1 w2\n\nw1\tw2\n".encode()
+    code, out, _ = command(tmp_path / "pruned.pt", texts)
+    printed = [line.split("\t") for line in out.splitlines()]
     asked = ["w1 w2", "", ("w1", "w2")]
-    assert [label for label, _ in printed] == model.predict(asked)
-    assert [float(p) for _, p in printed] == pytest.approx(
-        model.probabilities(asked).amax(1).tolist(), abs=6e-4
-    )
+    assert code == 0 and [label for label, _ in printed] == net.predict(asked)
+    assert [float(p) for _, p in printed] == pytest.approx(net.probabilities(asked).amax(1).tolist(), abs=6e-4)
+    line = [sys.executable, "model.py", tmp_path / "pruned.pt"]  # as a user types it
+    assert subprocess.run(line, input=texts, capture_output=True).stdout.decode() == out
     odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else
-    assert command(tmp_path / "pruned.pt", odd.encode()).stdout.count(b"\n") == 2
+    assert command(tmp_path / "pruned.pt", odd.encode())[1].count("\n") == 2
     for path, texts, reason in (
         (tmp_path / "none.pt", b"a", "none.pt"),
         (tmp_path / "foreign.pt", b"a", "foreign.pt"),
         (tmp_path / "pruned.pt", b"\xff\xfe", "UTF-8"),
         (None, b"a", "usage"),
     ):
-        done = command(path, texts)
-        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and reason in done.stderr.decode()
+        code, _, error = command(path, texts)
+        assert code == 2 and error.count("\n") == 1 and reason in error
