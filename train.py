@@ -119,8 +119,10 @@ def check(args):
         fail("--baseline compares with a run without transfer, and this is one")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
-    if args.batch_size % rank_and_world()[1] or (args.seeds > 1 or args.baseline) and dist.is_initialized():
-        fail("torchrun needs a batch_size divisible by its processes, and neither --seeds nor --baseline")
+    if args.batch_size % rank_and_world()[1]:
+        fail(f"batch_size {args.batch_size} is not divisible by the number of processes")
+    if dist.is_initialized() and (args.seeds > 1 or args.baseline):
+        fail("--seeds and --baseline do not work under torchrun: start one process for each seed")
     if args.sparsity:
         check_pruning(args)
     for name, path in (("init", args.init), ("structure", args.structure)):

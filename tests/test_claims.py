@@ -504,6 +504,6 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path, m
     """As the first of three processes would see it; the batch has four examples."""
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 3)):
         monkeypatch.setattr(torch.distributed, name, lambda *args, value=value: value)
-    with pytest.raises(transfer.InputError, match="batch_size divisible"):
+    with pytest.raises(transfer.InputError, match="^batch_size 4 is not divisible by the number"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()

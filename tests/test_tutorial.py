@@ -26,7 +26,7 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
 MODULES = {"masks": masks, "model": model, "transfer": transfer, "train": train}
 SOLUTIONS = {
-    1: 0.325, 2: 16384, 3: 0.75, 4: False, 5: True, 6: 3, 7: True, 8: 1.0, 9: 6, 10: False, 11: 0.0, 12: 4, 13: True,
+    1: 0.325, 2: 16384, 3: 0.75, 4: False, 5: True, 6: 3, 7: True, 8: 1.0, 9: 9, 10: False, 11: 0.0, 12: 4, 13: True,
 }  # fmt: skip
 
 
@@ -159,10 +159,9 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("built_in", "before pruning"), mean("built_in", "sequential")),
         (mean("built_in", "sequential"), mean("built_in", "always")),
     ],
-    "Neither projecting conflicts away nor the weight of the auxiliary loss": [
+    "Projecting conflicts away changes the result by no more than its interval": [
         (mean("built_in", "always") - 3, mean("built_in", "always, project")),
-        (mean("built_in", "always") - 5, mean("built_in", "aux_weight 0.1")),
-        (mean("built_in", "always") - 5, mean("built_in", "aux_weight 3")), (mean("built_in", "shuffled"), 56),
+        (mean("built_in", "sequential") + 3, mean("built_in", "always")), (mean("built_in", "shuffled"), 56),
     ],
     "a random choice is close to guessing": [
         (mean("cuts", "built in, random, until the cut, 800", lambda f, s: experiments.three(f, s, experiments.after_cut)), 65),
@@ -176,9 +175,6 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
     "At 70 % a rule does as well as the gates": [
         (mean("sparsity", "scratch, 0.7, learned then cut") - 4, mean("sparsity", "scratch, 0.7, bottom")),
         (mean("built_in", "always") - 4, mean("built_in", "small dense, always")),
-    ],
-    "A dip at 80 % is no error of measurement": [
-        (mean("sparsity", "parent, 0.8, learned then cut") + 5, mean("sparsity", "parent, 0.9, learned then cut")),
     ],
     "At 90 % the curves part": [
         (mean("sparsity", "scratch, 0.9, bottom") + 4, mean("sparsity", "scratch, 0.9, learned then cut")),
@@ -203,7 +199,7 @@ def test_shapes_and_sizes_of_the_challenge_are_those_of_the_network():
     """A unit that the reader draws costs what the text says: a feed-forward sublayer as much as eight heads."""
     head, ffn = model.unit_sizes(64, 4)
     assert ffn == 8 * head
-    drawn = masks.select(masks.Z(torch.full((4, 4), 0.9), torch.full((4,), 0.1)), 0.7, head, ffn)
+    drawn = masks.select(masks.Z(torch.full((4, 4), 0.9), torch.full((4,), 0.1)), 0.8, head, ffn)
     assert drawn.head.sum() == SOLUTIONS[9]
 
 
