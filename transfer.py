@@ -552,7 +552,7 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
     if n_target:
         splits["train"] = splits["train"].take(limited_subset(splits["train"].label, n_target, seed))
     notes += data_notes(splits["train"], splits["test"], names)
-    labels, record, second = {"target": names}, {"target": about | counts(splits, names)}, None
+    labels, record = {"target": names}, {"target": about | counts(splits, names)}
     if aux:
         part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)
         held_out_texts = np.concatenate([splits["validation"].text, splits["test"].text])
@@ -560,18 +560,17 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
         if leaks.all():
             raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
         notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]
-        second = part["train"].take(~leaks)
-        record["auxiliary"] = about | counts({"train": second}, labels["auxiliary"])
-    chosen = choose_vocab(splits["train"], second, word_id, vocab_size, parent_words)
+        splits["auxiliary"] = part["train"].take(~leaks)
+        record["auxiliary"] = about | counts({"train": splits["auxiliary"]}, labels["auxiliary"])
+    chosen = choose_vocab(splits["train"], splits.get("auxiliary"), word_id, vocab_size, parent_words)
     new_id = np.full(len(word_id), UNK, dtype=np.int32)
     new_id[chosen] = np.arange(len(chosen))
-    parts = [splits[split] for split in NAMES] + ([second] if aux else [])
-    train, validation, test, *rest = [part._replace(tokens=new_id[part.tokens]) for part in parts]
-    unknown = {"train": (train.tokens == UNK).mean().item(), "test": (test.tokens == UNK).mean().item()}
-    record |= {"unknown": unknown, "cut": train.cut.mean().item()}
+    splits = {name: part._replace(tokens=new_id[part.tokens]) for name, part in splits.items()}
+    record["unknown"] = {name: (splits[name].tokens == UNK).mean().item() for name in ("train", "test")}
+    record["cut"] = splits["train"].cut.mean().item()
+    parts = [splits.get(name) for name in ("train", "validation", "test", "auxiliary")]
     known = list(word_id)
-    vocab = [known[i] for i in chosen]
-    return Data(train, validation, test, rest[0] if aux else None, vocab, labels, notes, record)
+    return Data(*parts, [known[i] for i in chosen], labels, notes, record)
 
 
 def epoch_order(length, batch_size, rng):
