@@ -164,9 +164,9 @@ def select(prob, sparsity, head_size, ffn_size):
     and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
     layer by layer, cannot miss the budget.
 
-    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and may
-    drop all of them at once. Therefore the most probable one comes first, provided that it leaves room for a head
-    in every layer.
+    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and
+    may drop all of them at once. Therefore the most probable one comes first, provided that it leaves room
+    for a head in every layer.
     """
     p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
     n_heads, n_layer = prob.head.numel(), prob.ffn.numel()

@@ -294,7 +294,9 @@ def given_structure(args):
 
 
 def read_structure(args):
-    """The structure, a Z, of the run whose result.json --structure names. Raises InputError unless it fits."""
+    """The structure, a Z, of the run whose result.json --structure names. Raises InputError if it is not one
+    of this shape and sparsity.
+    """
     try:
         result = json.loads(Path(args.structure).read_text())
         head = torch.tensor(result["heads_kept"], device=args.device).float()  # (L, H)

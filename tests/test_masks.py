@@ -202,8 +202,8 @@ def test_selection_keeps_the_most_probable_units():
 
 
 def test_selection_keeps_a_feed_forward_sublayer_if_it_leaves_a_head_to_every_layer():
-    """Heads that are all more probable than any feed-forward sublayer leave room for one, but are not given up
-    for it: at 80 % it would take the place of eight of the nine heads, at 90 % it does not fit at all."""
+    """Heads that are all more probable than any feed-forward sublayer leave room for one, but do not give way
+    to it where it would take the place of eight of nine heads (80 %); at 90 % it does not fit at all."""
     prob = Z(torch.full((4, 4), 0.9), torch.tensor([0.1, 0.2, 0.3, 0.1]))
     assert select(prob, 0.7, HEAD, FFN).ffn.tolist() == [0, 0, 1, 0]
     assert select(prob, 0.5, HEAD, FFN).ffn.sum() >= 1

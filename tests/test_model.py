@@ -339,7 +339,8 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     printed = [line.split("\t") for line in out.splitlines()]
     asked = ["w1 w2", "", ("w1", "w2")]
     assert code == 0 and [label for label, _ in printed] == net.predict(asked)
-    assert [float(p) for _, p in printed] == pytest.approx(net.probabilities(asked).amax(1).tolist(), abs=6e-4)
+    best = net.probabilities(asked).amax(1).tolist()
+    assert [float(p) for _, p in printed] == pytest.approx(best, abs=6e-4)
     line = [sys.executable, "model.py", tmp_path / "pruned.pt"]  # as a user types it
     assert subprocess.run(line, input=texts, capture_output=True).stdout.decode() == out
     odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else

@@ -1,7 +1,6 @@
 """Claims about everything that can go wrong: kills, hostile input, full disks, several processes
 (train.py)."""
 
-import contextlib
 import csv
 import errno
 import io

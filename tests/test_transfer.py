@@ -617,7 +617,7 @@ def test_the_record_describes_both_tasks_and_can_be_written_as_json(tmp_path):
 
 def test_the_fingerprint_changes_with_every_text_and_label_but_not_with_the_order_of_rows(tmp_path):
     """Also with a word beyond max_length, and for two labels swapped."""
-    rows, seen = sentences(40), set()
+    rows = sentences(40)
 
     def fingerprint(rows):
         write(tmp_path, "train.jsonl", rows)
