@@ -232,11 +232,9 @@ def train(args):
                    "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
-            lines = "".join(json.dumps(row) + "\n" for row in run.history)
-            write(out / "history.jsonl", lines.encode())
+            write_rows(out / "history.jsonl", run.history)
             if not shows:
-                print(f"step {run.step:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
-                      f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
+                print_row(row)
             score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > run.best_score:
                 run.best_score = score
@@ -499,6 +497,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def write_rows(path, rows):
+    """Write dicts as JSONL, in the way of `write`."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 # ----------------------------------------------------------------------------- one step
 
 WARMUP = 100  # steps in which the learning rate rises to its full value
@@ -672,6 +675,13 @@ def wilson(share, n):
     return (centre - half) / (1 + z2), (centre + half) / (1 + z2)
 
 
+def print_row(row):
+    """A line for an evaluation, where no progress bar shows it. row: of history.jsonl."""
+    print(f"step {row['step']:5d}  {row['phase']:8}  sparsity {row['expected_sparsity']:.3f}  "
+          f"loss {row['smoothed_loss_target']:.3f}  validation accuracy {row['validation_accuracy']:.3f}",
+          flush=True)
+
+
 def report(result):
     """Print what a reader of result.json would look for first."""
     low, high = result["test_interval"]
@@ -722,8 +732,7 @@ def series(args):
                 print(f"seed {seed}, aux_weight {weight:g}: the row in {path} is used again")
             else:
                 rows.append(row := train(one))
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
-                write(path, lines.encode())
+                write_rows(path, rows)
             results[weight].append(row)
     return results
 

@@ -188,7 +188,7 @@ class SharedStart:
         return self.run
 
     def keep_and_measure(self, *arguments):
-        """The first accuracies that a run takes are those before its cut: what it is then, it was until then."""
+        """The first accuracies that a run takes are those before its cut: its state then is kept."""
         self.kept.setdefault(self.key, copy.deepcopy(self.run))
         return self.accuracies(*arguments)
 

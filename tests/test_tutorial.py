@@ -26,8 +26,13 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
 MODULES = {"masks": masks, "model": model, "transfer": transfer, "train": train}
 SOLUTIONS = {
-    1: 0.325, 2: 16384, 3: 0.75, 4: False, 5: True, 6: 3, 7: True, 8: 1.0, 9: 9, 10: False, 11: 0.0, 12: 4, 13: True,
+    1: 0.325, 2: 16384, 3: 0.75, 4: False, 5: True, 6: 3, 7: True,
+    8: 1.0, 9: 9, 10: False, 11: 0.0, 12: 4, 13: True,
 }  # fmt: skip
+
+
+NUMBER = r"\d+(?:\.\d+)?"
+NO_RESULT = rf"{NUMBER} x {NUMBER} = {NUMBER}|^#.*|\(\d[\d., -]*\)|section \d+|1[0-9]\.\d\b"  # sums, places
 
 
 def exercise(cell):
@@ -64,10 +69,12 @@ def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
     client.execute()
     outputs = [output for cell in cells for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 25
-    checks = [i for i, cell in enumerate(notebook.cells) if re.match(r"prediction = .*# exercise", cell.source)]
+    checked = re.compile(r"prediction = .*# exercise")
+    checks = [i for i, cell in enumerate(notebook.cells) if checked.match(cell.source)]
     assert len(checks) == len(SOLUTIONS)
     assert all("right:" in printed(notebook.cells[i]) for i in checks)
-    assert sum(s for i, s in seconds.items() if notebook.cells[i].cell_type == "code" and i not in checks) < 900
+    code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and i not in checks]
+    assert sum(seconds[i] for i in code) < 900
 
 
 def test_the_notebook_is_small_its_code_short_and_its_outputs_are_there():
@@ -100,7 +107,7 @@ def test_every_number_in_the_prose_is_computed_beside_it():
         known |= {f"{100 * float(n):g}" for n in known}
         known |= {f"{100 - float(n):g}" for n in known}  # what is kept, if the code says what goes
         for cell in section:
-            text = re.sub(r"\d+(?:\.\d+)? x \d+(?:\.\d+)? = \d+(?:\.\d+)?|^#.*|\(\d[\d., -]*\)|section \d+|1[0-9]\.\d\b", "", cell.source, flags=re.MULTILINE)  # fmt: skip
+            text = re.sub(NO_RESULT, "", cell.source, flags=re.MULTILINE)
             if cell.cell_type == "markdown":
                 for number in re.findall(r"\d+\.\d+|\d+(?= ?%| points)", text):
                     assert number in known, f"{number} in: {cell.source[:300]}"
@@ -145,6 +152,11 @@ def mean(file, setting, get=experiments.structure_column):
     return statistics.mean(values) if len(values) > 1 else float("nan")
 
 
+def random_after_cut(file, setting):
+    return experiments.three(file, setting, experiments.after_cut)
+
+
+FILM, NO_FILM = "trec_fine <- sst2, 400 labels: always", "trec_fine <- sst2, 400 labels: none"
 CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be false: (smaller, larger)
     "closes nearly the whole gap with 50 labels already": [
         (85, mean("built_in", "50 labels, always")), (mean("built_in", "500 labels, none"), 65),
@@ -164,13 +176,15 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("built_in", "sequential") + 3, mean("built_in", "always")), (mean("built_in", "shuffled"), 56),
     ],
     "a random choice is close to guessing": [
-        (mean("cuts", "built in, random, until the cut, 800", lambda f, s: experiments.three(f, s, experiments.after_cut)), 65),
+        (mean("cuts", "built in, random, until the cut, 800", random_after_cut), 65),
         (85, mean("cuts", "built in, learned then cut, until the cut, 800", experiments.after_cut)),
         (85, mean("cuts", "built in, bottom, until the cut, 800", experiments.after_cut)),
     ],
     "repair even a random cut": [
-        (mean("cuts", "built in, learned then cut, goes on, 800") - 4, mean("cuts", "built in, random, goes on, 800")),
-        (mean("cuts", "built in, random, until the cut, 800") + 10, mean("cuts", "built in, learned then cut, until the cut, 800")),
+        (mean("cuts", "built in, learned then cut, goes on, 800") - 4,
+         mean("cuts", "built in, random, goes on, 800")),
+        (mean("cuts", "built in, random, until the cut, 800") + 10,
+         mean("cuts", "built in, learned then cut, until the cut, 800")),
     ],
     "At 70 % a rule does as well as the gates": [
         (mean("sparsity", "scratch, 0.7, learned then cut") - 4, mean("sparsity", "scratch, 0.7, bottom")),
@@ -183,7 +197,7 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("sparsity", "parent, 0.9, random") + 4, mean("sparsity", "parent, 0.9, learned then cut")),
     ],
     "film reviews harm the classification of questions": [
-        (statistics.mean(experiments.difference("real", "trec_fine <- sst2, 400 labels: always", "trec_fine <- sst2, 400 labels: none") or [float("nan")]), 0),
+        (statistics.mean(experiments.difference("real", FILM, NO_FILM) or [float("nan")]), 0),
     ],
 }  # fmt: skip
 
@@ -196,7 +210,7 @@ def test_what_the_prose_says_of_committed_rows_holds(sentence):
 
 
 def test_shapes_and_sizes_of_the_challenge_are_those_of_the_network():
-    """A unit that the reader draws costs what the text says: a feed-forward sublayer as much as eight heads."""
+    """A unit that the reader draws costs what the text says: a feed-forward sublayer as much as 8 heads."""
     head, ffn = model.unit_sizes(64, 4)
     assert ffn == 8 * head
     drawn = masks.select(masks.Z(torch.full((4, 4), 0.9), torch.full((4,), 0.1)), 0.8, head, ffn)
