@@ -26,7 +26,7 @@ import torch
 import train as loop
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PARENTS = ROOT / "out" / "parents"  # networks to start from, made when first needed
+PARENTS = Path("out/parents")  # networks to start from, made when first needed
 SEEDS = range(5)
 DATA = "../shared/data/"
 
@@ -89,18 +89,15 @@ for task, flags in TASKS.items():
         for steps in (800, 400, 100, 25, 1):
             end = f"{flags} {stop} --steps {2200 + steps} --finetune_steps {steps}"
             CUTS[f"{task}, learned, {window}, {steps}"] = end
-            CUTS[f"{task}, learned then cut, {window}, {steps}"] = (
-                f"{end} --structure @{task}, learned, until the cut, 800"
-            )
+            learned = f"--structure @{task}, learned, until the cut, 800"
+            CUTS[f"{task}, learned then cut, {window}, {steps}"] = f"{end} {learned}"
             CUTS[f"{task}, bottom, {window}, {steps}"] = f"{end} --structure bottom"
             for i in range(3):
-                CUTS[f"{task}, random {i}, {window}, {steps}"] = (
-                    f"{end} --structure random --structure_seed {i}"
-                )
+                drawn = f"--structure random --structure_seed {i}"
+                CUTS[f"{task}, random {i}, {window}, {steps}"] = f"{end} {drawn}"
 
-FILM = (
-    "--init %film --aux_weight 0 --lr 3e-4 --steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
-)
+SHORT = "--steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
+FILM = f"--init %film --aux_weight 0 --lr 3e-4 {SHORT}"
 SPARSITY = {}
 for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
     for start, flags in (("scratch", UNTIL), ("parent", FILM)):
@@ -110,11 +107,13 @@ for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
         SPARSITY[f"{name}, bottom"] = f"{flags} --structure bottom"
         for i in range(3):
             SPARSITY[f"{name}, random {i}"] = f"{flags} --structure random --structure_seed {i}"
-for structure in ("learned", "learned then cut", "bottom", "random 0", "random 1", "random 2"):
-    flags = SPARSITY[f"scratch, 0.8, {structure}"].replace("@scratch, 0.8", "@8x8, 0.8")
-    SPARSITY[f"8x8, 0.8, {structure}"] = f"--n_layer 8 --n_head 8 {flags}"
+for cut in (0.8, 0.9):
+    for structure in ("learned", "learned then cut", "bottom", "random 0", "random 1", "random 2"):
+        for start in ("scratch", "parent"):
+            flags = SPARSITY[f"{start}, {cut}, {structure}"].replace(f"@{start}", f"@8x8 {start}")
+            flags = f"--n_layer 8 --n_head 8 {flags.replace('%film', '%film8x8')}"
+            SPARSITY[f"8x8 {start}, {cut}, {structure}"] = flags
 
-SHORT = "--steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
 PARENT = {}
 for lr in ("1e-3", "3e-4", "1e-4"):
     for name, flags in {
@@ -126,12 +125,16 @@ for lr in ("1e-3", "3e-4", "1e-4"):
     }.items():
         if lr == "3e-4" or name in ("none", "always", "gates"):
             PARENT[f"film, lr {lr}, {name}"] = f"--init %film --lr {lr} {SHORT} {flags}"
-for name, pair in (
-    ("kitchen_rest", "kitchen <- kitchen_rest, 200 labels"),
-    ("sst5", "sst2 <- sst5, 200 labels"),
+for name, pair, recipes in (
+    ("kitchen_rest", "kitchen <- kitchen_rest, 200 labels", ("none", "always")),
+    ("sst5", "sst2 <- sst5, 200 labels", ("none", "always")),
+    ("dvd_rest", "dvd <- dvd_rest, 200 labels", ("none",)),
+    ("kitchen_rest, 50 labels", "kitchen <- kitchen_rest, 50 labels", ("none",)),
+    ("kitchen_rest, 1000 labels", "kitchen <- kitchen_rest, 1000 labels", ("none",)),
 ):
-    for recipe, flags in RECIPES.items():
-        PARENT[f"{name}, lr 3e-4, {recipe}"] = f"--init %{name} --lr 3e-4 {SHORT} {task_flags(pair)} {flags}"
+    for recipe in recipes:
+        start = f"--init %{name.split(',')[0]} --lr 3e-4 {SHORT}"
+        PARENT[f"{name}, lr 3e-4, {recipe}"] = f"{start} {task_flags(pair)} {RECIPES[recipe]}"
 
 SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
     f"d_model {d_model}, sparsity {cut}": f"--d_model {d_model} --n_layer {n_layer} --sparsity {cut}"
@@ -155,11 +158,16 @@ def append(name, row):
 
 def parent_network(name, seed):
     """The file of a network trained on a whole auxiliary task; made when first needed."""
-    folder, task = PARENTS / f"{name}_{seed}", "reviews:film" if name == "film" else DATA + name
-    if not (folder / "result.json").exists():
-        flags = f"--target {task} --aux none --n_target 0 --sparsity 0 --steps 2000 --seed {seed}"
-        loop.train(loop.parse_args([*flags.split(), "--out_dir", str(folder)]))
-    return str(folder / "pruned.pt")
+    file = PARENTS / f"{name}_{seed}.pt"
+    if not file.exists():
+        own = {"film": "--target reviews:film", "film8x8": "--target reviews:film --n_layer 8 --n_head 8"}
+        flags = own.get(name, f"--target {DATA}{name}")
+        flags += f" --aux none --n_target 0 --sparsity 0 --steps 2000 --seed {seed}"
+        PARENTS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PARENTS) as folder:  # two processes may make it at once
+            loop.train(loop.parse_args([*flags.split(), "--out_dir", folder]))
+            Path(folder, "pruned.pt").replace(file)
+    return str(file)
 
 
 class SharedStart:
@@ -196,18 +204,17 @@ class SharedStart:
 def result_of(file, setting, flags, seed):
     """Run one setting with one seed. @NAME in the flags is that setting's structure, %NAME a parent."""
     with tempfile.TemporaryDirectory() as folder:
-        if "@" in flags:
-            flags, other = flags.split("@")
+        words = flags.partition("@")[0].split()
+        if other := flags.partition("@")[2]:
             row = next(r for r in rows(file) if r["setting"] == other and r["seed"] == seed)
             structure = {key: row[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")}
             Path(folder, "result.json").write_text(json.dumps(structure))
-            flags += f"{folder}/result.json"
-        words = flags.split()
+            words.append(f"{folder}/result.json")
         words = [parent_network(word[1:], seed) if word.startswith("%") else word for word in words]
         args = loop.parse_args([*words, "--seed", str(seed), "--out_dir", f"{folder}/out", "--device", "cpu"])
-        flags_of_run = loop.essential(vars(args))
+        recorded = {**vars(args), "out_dir": "out", **({"structure": f"@{other}"} if other else {})}
         for row in (row for name in FILES for row in rows(name)):
-            if loop.essential(row["args"]) == flags_of_run:  # settings of two tables may be the same run
+            if row["args"] == recorded:  # settings of two tables may be the same run
                 return {key: value for key, value in row.items() if key not in ("setting", "flags")}
         result = loop.train(args)
         history = [json.loads(line) for line in open(f"{folder}/out/history.jsonl")]
@@ -215,7 +222,7 @@ def result_of(file, setting, flags, seed):
     for key in ("prob_open", "test_confusion", "test_precision", "test_recall", "test_f1", "data"):
         if len(str(result[key])) > 2000:  # fifty classes
             del result[key]
-    return {**result, "validation_curve": curve}
+    return {**result, "args": recorded, "validation_curve": curve}
 
 
 def run(part=0, parts=1, *files):
@@ -234,10 +241,8 @@ def run(part=0, parts=1, *files):
             shared.kept.clear()
             for setting, flags in unit:
                 if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
-                    began = time.time()
-                    append(
-                        file, {"setting": setting, "flags": flags, **result_of(file, setting, flags, seed)}
-                    )
+                    began, result = time.time(), result_of(file, setting, flags, seed)
+                    append(file, {"setting": setting, "flags": flags, **result})
                     print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
 
 
@@ -308,9 +313,8 @@ def yardstick():
             x_part, y_part = [x[i] for i in part], [y[i] for i in part]
             for name, vectors in (("TF-IDF", tfidf(x_part)), ("MiniLM, frozen", remembered)):
                 train, valid = vectors(x_part), vectors(x_valid)
-                tried = [
-                    LogisticRegression(C=C, max_iter=2000).fit(train, y_part) for C in (1, 10, 100, 1000)
-                ]
+                regressions = [LogisticRegression(C=C, max_iter=2000) for C in (1, 10, 100, 1000)]
+                tried = [regression.fit(train, y_part) for regression in regressions]
                 fitted = max(tried, key=lambda model: model.score(valid, y_valid))
                 predicted = fitted.predict(vectors(x_test))
                 scores = {"test_accuracy": float((predicted == np.array(y_test)).mean())}
@@ -332,10 +336,8 @@ def speed():
         time_texts(name, lambda: fitted.predict_proba(vectors(sample)), parameters + fitted.coef_.size)
     row = next(r for r in rows("real") if r["setting"] == "kitchen <- kitchen_rest, 200 labels: always")
     n_layer, n_head = row["args"]["n_layer"], row["args"]["n_head"]
-    dense, pruned = (
-        ([n_head] * n_layer, [1] * n_layer),
-        ([sum(h) for h in row["heads_kept"]], row["ffn_kept"]),
-    )
+    dense = [n_head] * n_layer, [1] * n_layer
+    pruned = [sum(heads) for heads in row["heads_kept"]], row["ffn_kept"]
     for name, (heads, ffn) in (("dense", dense), ("pruned", pruned)):
         net = network_like(row, heads, ffn, x)
         time_texts(f"ours, {name}", lambda: net.probabilities(sample), row[f"params_{name}"])
@@ -364,23 +366,9 @@ def time_texts(name, classify, parameters):
 # ----------------------------------------------------------------------------- tables
 
 
-def source(name, *settings):
-    """The file with a row of these settings for every seed: NAME, else that of earlier code, NAME_before."""
-    have = {(row["setting"], row["seed"]) for row in rows(name)}
-    complete = all((setting, seed) in have for setting in settings for seed in SEEDS)
-    return name if complete or not rows(f"{name}_before") else f"{name}_before"
-
-
-def column(name, setting, key="test_accuracy", *partners):
-    """seed -> 100 * value, of one setting, from the source that also has its partners."""
-    found = rows(source(name, setting, *partners))
-    return {row["seed"]: 100 * row[key] for row in found if row["setting"] == setting}
-
-
-def commits(name, *settings):
-    """The commits of the rows of a line, as text."""
-    found = rows(source(name, *settings))
-    return " ".join(sorted({row["commit"] for row in found if row["setting"] in settings}))
+def column(name, setting, key="test_accuracy"):
+    """seed -> 100 * value, of one setting."""
+    return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
 
 
 def after_cut(name, setting):
@@ -406,7 +394,7 @@ def paired(a, b):
 
 def difference(name, setting, baseline, key="test_accuracy"):
     """Differences to the baseline, paired by seed."""
-    return paired(column(name, setting, key, baseline), column(name, baseline, key, setting))
+    return paired(column(name, setting, key), column(name, baseline, key))
 
 
 def shown(values, form=".1f"):
@@ -429,96 +417,65 @@ def simple(file, settings, baseline="none"):
     """Accuracy and paired gain over a baseline, one line a setting that has been run."""
     lines = []
     for setting in settings:
-        values = column(file, setting, "test_accuracy", baseline)
-        if len(values) > 1:
+        if len(values := column(file, setting)) > 1:
             gain = "" if setting == baseline else shown(difference(file, setting, baseline), "+.1f")
             flags = FILES[file][setting] or "(defaults)"
-            lines.append(
-                [setting, f"`{flags}`", shown(values), gain, len(values), commits(file, setting, baseline)]
-            )
-    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n", "commit"], lines)
+            lines.append([setting, f"`{flags}`", shown(values), gain, len(values)])
+    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
 
 
 def labels_table():
     lines = []
     for n in (50, 200, 500, 2000):
         none, always = ("none", "always") if n == 200 else (f"{n} labels, none", f"{n} labels, always")
-        alone = column("built_in", none, "test_accuracy", always)
-        helped = column("built_in", always, "test_accuracy", none)
+        alone, helped = column("built_in", none), column("built_in", always)
         if len(gain := paired(helped, alone)) > 1:
-            commit = commits("built_in", none, always)
-            lines.append([n, shown(alone), shown(helped), shown(gain, "+.1f"), len(gain), commit])
-    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n", "commit"], lines)
+            lines.append([n, shown(alone), shown(helped), shown(gain, "+.1f"), len(gain)])
+    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
+DIFFERENCES = ["learned then cut minus bottom", "minus random", "minus learned", "n"]
+
+
+def structure_cells(file, name):
+    """Accuracy of every kind of structure, differences, n; name: a setting, with KIND for the kind."""
+    found = {kind: structure_column(file, name.replace("KIND", kind)) for kind in KINDS}
+    cut = found["learned then cut"]
+    gains = [shown(paired(cut, found[kind]), "+.1f") for kind in ("bottom", "random", "learned")]
+    return [*map(shown, found.values()), *gains, len(cut)]
 
 
 def cuts_table(task):
     """Accuracy right after the cut, and at the end, by structure, window and steps of fine-tuning."""
-    lines = []
+    first = [structure_column("cuts", f"{task}, {kind}, until the cut, 800", after_cut) for kind in KINDS]
+    lines = [["", "0 (right after)", *map(shown, first), "", "", "", len(first[1])]]
     for window in ("until the cut", "goes on"):
         for steps in (1, 25, 100, 400, 800):
-            names = {kind: f"{task}, {kind}, {window}, {steps}" for kind in KINDS}
-            found = {kind: structure_column("cuts", name) for kind, name in names.items()}
-            if any(len(values) > 1 for values in found.values()):
-                others = ("bottom", "random", "learned")
-                gains = [shown(paired(found["learned then cut"], found[k]), "+.1f") for k in others]
-                lines.append([window, steps, *(shown(found[kind]) for kind in KINDS), *gains])
-    first = {kind: f"{task}, {kind}, until the cut, 800" for kind in KINDS}
-    right_after = [shown(structure_column("cuts", name, after_cut)) for name in first.values()]
-    if any(cell != "-" for cell in right_after):
-        lines.insert(0, ["", "0 (right after)", *right_after, "", "", ""])
-    differences = ["learned then cut minus bottom", "minus random", "minus learned"]
-    return table(["transfer", "fine-tuning steps", *KINDS, *differences], lines)
+            lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
+    return table(["transfer", "fine-tuning steps", *KINDS, *DIFFERENCES], lines)
 
 
 def sparsity_table():
     lines = []
-    for start in (
-        "scratch, 0.5 0.6 0.7 0.8 0.9".split(),
-        "parent, 0.5 0.6 0.7 0.8 0.9".split(),
-        ["8x8,", "0.8"],
-    ):
-        for cut in start[1:]:
-            found = {kind: structure_column("sparsity", f"{start[0]} {cut}, {kind}") for kind in KINDS}
-            if any(len(values) > 1 for values in found.values()):
-                gains = [
-                    shown(paired(found["learned then cut"], found[k]), "+.1f")
-                    for k in ("bottom", "random", "learned")
-                ]
-                lines.append(
-                    [
-                        start[0].strip(","),
-                        cut,
-                        *(shown(found[kind]) for kind in KINDS),
-                        *gains,
-                        len(found["learned"]),
-                    ]
-                )
-    head = [
-        "start",
-        "sparsity",
-        *KINDS,
-        "learned then cut minus bottom",
-        "minus random",
-        "minus learned",
-        "n",
-    ]
-    return table(head, lines)
+    for start in ("scratch", "parent", "8x8 scratch", "8x8 parent"):
+        for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
+            cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
+            if cells[-1] > 1:
+                lines.append([start, cut, *cells])
+    return table(["start", "sparsity", *KINDS, *DIFFERENCES], lines)
 
 
 def parent_table():
     lines = []
     for setting in PARENT:
         values, valid = column("parent", setting), column("parent", setting, "validation_accuracy")
-        if len(values) > 2:
+        if len(values) > 1:
             none = f"{setting.rsplit(', ', 1)[0]}, none"
             gain = "" if setting == none else shown(difference("parent", setting, none), "+.1f")
             lines.append([setting, shown(valid), shown(values), gain, len(values)])
-    return table(
-        ["parent, learning rate, transfer", "validation, %", "test, %", "paired gain, points", "n"], lines
-    )
+    head = ["parent, learning rate, transfer", "validation, %", "test, %", "paired gain, points", "n"]
+    return table(head, lines)
 
 
 def real_table():
@@ -528,24 +485,15 @@ def real_table():
         pair, recipe = setting.split(": ")
         none, always = f"{pair}: none", f"{pair}: always"
         keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
-        scores = [column("real", setting, key, none, always) for key in keys]
+        scores = [column("real", setting, key) for key in keys]
         if len(scores[0]) > 1:
             mean, _, half = loop.interval(difference("real", always, none, "validation_accuracy"))
             mark = " (chosen)" if recipe == ("always" if mean > half else "none") else ""
             gains = [shown(difference("real", setting, none, key), "+.1f") for key in keys[1:]]
             gains = ["", ""] if setting == none else gains
-            commit = commits("real", setting, none, always)
-            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0]), commit])
-    head = [
-        "pair",
-        "transfer",
-        "validation, %",
-        "test, %",
-        "macro-F1",
-        "paired gain on test",
-        "gain in macro-F1",
-    ]
-    return table([*head, "n", "commit"], lines)
+            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0])])
+    head = ["pair", "transfer", "validation, %", "test, %", "macro-F1", "paired gain on test"]
+    return table([*head, "gain in macro-F1", "n"], lines)
 
 
 def yardstick_table():
@@ -565,43 +513,31 @@ def yardstick_table():
     return accuracy + "\n" + table(["classifier", "milliseconds for 32 texts", "parameters"], lines)
 
 
+def commits():
+    """How many rows every file has, and the commits they were made with, as a list."""
+    lines = []
+    for file in FILES:
+        names = ", ".join(sorted({row["commit"] for row in rows(file)}))
+        lines.append(f"* {file}.jsonl: {len(rows(file))} rows, commits {names}\n")
+    return "".join(lines)
+
+
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
-    when = [
-        "none",
-        "before pruning",
-        "while pruning",
-        "while fine-tuning",
-        "until fine-tuning",
-        "from 1000 on",
-    ]
+    windows = ["before pruning", "while pruning", "while fine-tuning", "until fine-tuning", "from 1000 on"]
+    dense = ["unpruned, none", "unpruned, always", "unpruned, before pruning", "small dense, always"]
     parts = {
-        "when": simple("built_in", [*when, "always", "sequential"]),
+        "when": simple("built_in", ["none", *windows, "always", "sequential"]),
         "what": simple("built_in", ["none", "gates", "weights", "always"]),
         "how": simple("built_in", ["none", "always", "always, project", "sequential", "shuffled"]),
         "labels": labels_table(),
-        "size": simple(
-            "built_in",
-            [
-                "none",
-                "always",
-                "unpruned, none",
-                "unpruned, always",
-                "unpruned, before pruning",
-                "small dense, always",
-            ],
-        ),
+        "size": simple("built_in", ["none", "always", *dense]),
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
         "sparsity": sparsity_table(),
         "parent": parent_table(),
         "real": real_table(),
         "yardstick": yardstick_table(),
-        "commits": "".join(
-            f"* {name}: {', '.join(sorted({r['commit'] for r in rows(name)}))}\n"
-            for file in FILES
-            for name in (file, f"{file}_before")
-            if rows(name)
-        ),
+        "commits": commits(),
     }
     path = RESULTS / "README.md"
     text = path.read_text()
@@ -627,39 +563,29 @@ def pictures():
 
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     sizes = [50, 200, 500, 2000]
-    for name, colour, label in (
-        ("none", blue, "no transfer"),
-        ("always", orange, "transfer from film reviews"),
-    ):
+    helped = "transfer from film reviews"
+    for name, colour, label in (("none", blue, "no transfer"), ("always", orange, helped)):
         settings = [name if n == 200 else f"{n} labels, {name}" for n in sizes]
         curve(axis, sizes, [column("built_in", s) for s in settings], color=colour, marker="o", label=label)
     axis.axhline(50, color=grey, lw=1)
-    axis.set(
-        xscale="log", xlabel="labelled sentences", ylabel="test accuracy, %", xticks=sizes, ylim=(45, 101)
-    )
+    axis.set(xscale="log", xlabel="labelled sentences", xticks=sizes)
+    axis.set(ylabel="test accuracy, %", ylim=(45, 101))
     axis.set_xticklabels(sizes)
     axis.minorticks_off()
     axis.legend()
     figure.savefig(RESULTS / "labels.png", dpi=110)
 
-    starts = {"scratch": "from scratch", "parent": "from a parent"}
-    measured = {row["setting"].split(",")[0] for row in rows("sparsity")}
-    starts = {start: title for start, title in starts.items() if start in measured}
-    size = (1 + 4.5 * len(starts), 3.2)
-    figure, axes = plt.subplots(
-        1, len(starts), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained", sharey=True)
     cuts = [0.5, 0.6, 0.7, 0.8, 0.9]
     styles = {"learned then cut": (blue, "o"), "bottom": (orange, "s"), "random": (green, "^")}
-    for axis, (start, title) in zip(axes[0], starts.items()):
+    for axis, (start, title) in zip(axes, (("scratch", "from scratch"), ("parent", "from a parent"))):
         for shift, (kind, (colour, mark)) in enumerate(styles.items(), -1):  # shifted, to be told apart
             found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
-            curve(
-                axis, [100 * cut + 0.7 * shift for cut in cuts], found, color=colour, marker=mark, label=kind
-            )
+            x = [100 * cut + 0.7 * shift for cut in cuts]
+            curve(axis, x, found, color=colour, marker=mark, label=kind)
         axis.set(title=title, xlabel="sparsity, %", xticks=[100 * cut for cut in cuts])
-    axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][-1].legend(loc="lower left")
+    axes[0].set_ylabel("test accuracy, %")
+    axes[1].legend(loc="lower left")
     figure.savefig(RESULTS / "sparsity.png", dpi=110)
 
 
