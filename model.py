@@ -49,9 +49,7 @@ def words(text, max_length):
     while sum(len(part) for part in found) > room:
         longest = max(reversed(found), key=len)  # of equally long parts the last one
         longest.pop()
-    joined = found[0]
-    for part in found[1:]:
-        joined = [*joined, SPECIAL[SEP], *part]
+    joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]
     return joined[:max_length] or [SPECIAL[UNK]]
 
 

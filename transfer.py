@@ -39,15 +39,13 @@ def transferred(parameters, transfer):
     parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of them. The
     auxiliary classifier always learns. To share only some layers, test the name here.
     """
-    reached = {}
-    for name, p in parameters.items():
+
+    def reached(name):
         if name.startswith("classifier."):
-            allowed = name.startswith("classifier.auxiliary.")
-        else:
-            allowed = transfer == "both" or transfer == ("gates" if name == "log_alpha" else "weights")
-        if allowed:
-            reached[name] = p
-    return reached
+            return name.startswith("classifier.auxiliary.")
+        return transfer == "both" or transfer == ("gates" if name == "log_alpha" else "weights")
+
+    return {name: p for name, p in parameters.items() if reached(name)}
 
 
 def couple(g_target, g_aux, coupling):
@@ -61,9 +59,7 @@ def couple(g_target, g_aux, coupling):
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
     both = [name for name in g_aux if name in g_target]
-    update = {**g_target, **g_aux}
-    for name in both:
-        update[name] = g_target[name] + g_aux[name]
+    update = {**g_target, **g_aux, **{name: g_target[name] + g_aux[name] for name in both}}
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
@@ -346,7 +342,7 @@ class Examples(NamedTuple):
     start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
     label: np.ndarray  # (N,) class ids
     text: np.ndarray = None  # (N,) hashes of the whole texts: equal for equal texts
-    cut: np.ndarray = None  # (N,) True where a text was longer than max_length
+    cut: np.ndarray = None  # (N,) 1 where a text was longer than max_length, else 0
 
     def take(self, keep):
         """The examples for which the boolean array keep (N,) is True."""
@@ -357,11 +353,9 @@ class Examples(NamedTuple):
 
     def batch(self, index, device="cpu"):
         """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
-        texts = [self.tokens[self.start[i] : self.start[i + 1]] for i in index]
-        ids = np.full((len(texts), max(len(text) for text in texts)), PAD)
-        for row, text in zip(ids, texts):
-            row[: len(text)] = text
-        return torch.from_numpy(ids).to(device), torch.from_numpy(self.label[index]).long().to(device)
+        texts = [torch.from_numpy(self.tokens[self.start[i] : self.start[i + 1]]) for i in index]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
+        return ids.long().to(device), torch.from_numpy(self.label[index]).long().to(device)
 
 
 def hash64(text):
@@ -384,8 +378,7 @@ def tokenize(pairs, max_length, word_id, label_id):
         label.append(label_id.setdefault(name, len(label_id)))
         hashes.append(hash64("\n".join(normalise(part) for part in parts)))
         cut.append(len(found) == max_length and len(words(text, max_length + 1)) > max_length)
-    arrays = [np.asarray(part) for part in (tokens, start, label, hashes, cut)]  # the same memory, no copy
-    return Examples(*arrays[:4], arrays[4].astype(bool))
+    return Examples(*(np.asarray(part) for part in (tokens, start, label, hashes, cut)))  # same memory
 
 
 def fingerprint(examples, names):
@@ -443,14 +436,11 @@ def load_task(source, wanted, max_length, word_id):
         record = {"text_columns": ["text"], "label_column": "label", "splits": dict.fromkeys(wanted, spec)}
     else:
         pairs, record, notes = open_splits(source, wanted)
-    label_id = {}
+    names = sorted({name for split in wanted for _, name in pairs.get(split, [])})
+    label_id = {name: i for i, name in enumerate(names)}
     splits = {s: tokenize(pairs[s], max_length, word_id, label_id) for s in wanted if s in pairs}
     if len(wanted) > 1:
         notes += complete(splits, record["splits"], spec)
-    names = sorted(label_id)
-    new_id = {name: i for i, name in enumerate(names)}
-    new_label = np.array([new_id[name] for name in label_id])
-    splits = {split: part._replace(label=new_label[part.label]) for split, part in splits.items()}
     if len(set(splits["train"].label)) < 2:
         raise InputError(f"a single class to train on in {spec}, which has {', '.join(names)[:60]}")
     record["fingerprint"] = {split: fingerprint(part, names) for split, part in splits.items()}
@@ -484,9 +474,7 @@ def limited_subset(label, n, seed):
     for c in np.unique(label):
         members = rng.permutation(np.flatnonzero(label == c))
         turn[members] = np.arange(len(members)) / len(members)
-    keep = np.zeros(len(label), dtype=bool)
-    keep[np.argsort(turn, kind="stable")[:n]] = True
-    return keep
+    return np.isin(np.arange(len(label)), np.argsort(turn, kind="stable")[:n])
 
 
 def choose_vocab(train, aux, word_id, vocab_size, parent_words):
