@@ -15,8 +15,9 @@ import os
 import random
 import re
 from array import array
+from fnmatch import fnmatch
 from functools import lru_cache
-from glob import escape
+from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,23 +153,22 @@ class Source(NamedTuple):
 
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval"], "test": ["test"]}
+NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval", "valid*"], "test": ["test"]}
 
 
 def check_lines(file):
-    """Raise InputError, with the number of the line, for a text file that is no UTF-8, JSONL or CSV."""
-    kind = Path(file).suffix.lower()
+    """Raise InputError, with the number of the line, for a text file that is not UTF-8 or not JSON Lines.
+
+    The library counts lines from the start of a block, and lets some other encodings pass.
+    """
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8-sig").strip()
-                if kind == ".jsonl" and text:
+                if text and file.lower().endswith(".jsonl"):
                     json.loads(text)
             except ValueError as error:
-                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-                raise InputError(f"cannot load {file}, line {number}: {reason}") from None
-            if kind == ".csv" and number == 1 and "," not in text and (";" in text or "\t" in text):
-                raise InputError(f"cannot load {file}: separated by ';' or tab? Only commas are read")
+                raise InputError(f"cannot load {file}, line {number}: {error}") from None
 
 
 def read(spec, kind, **options):
@@ -178,8 +178,6 @@ def read(spec, kind, **options):
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
-    if kind == "csv":
-        options |= {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
     try:
         return datasets.load_dataset(kind, **options)
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
@@ -189,11 +187,14 @@ def read(spec, kind, **options):
 
 def read_files(files):
     """A Dataset of the rows of local files of one kind. Raises InputError."""
-    kind = KINDS[Path(files[0]).suffix.lower()]
+    kind, where, options = KINDS[Path(files[0]).suffix.lower()], files[0], {}
     if kind != "parquet":
         for file in files:
             check_lines(file)
-    return read(files[0], kind, data_files=[escape(file) for file in files], split="train")
+    if kind == "csv":
+        where += " with commas between columns"
+        options = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
+    return read(where, kind, data_files=[escape(file) for file in files], split="train", **options)
 
 
 def files_by_name(folder):
@@ -204,9 +205,8 @@ def files_by_name(folder):
     files, readme = {}, Path(folder, "README.md")
     if readme.exists() and "configs:" in readme.read_text(errors="replace"):
         return {}
-    for file in sorted(Path(folder).rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in KINDS and file.is_file() and not hidden:
+    for file in sorted(map(Path, glob(f"{escape(folder)}/**/*", recursive=True))):  # finds nothing hidden
+        if file.suffix.lower() in KINDS and file.is_file():
             name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem).lower()
             if name in files and name == file.stem.lower():
                 raise InputError(f"two files for one split: {files[name][0]} and {file}")
@@ -220,31 +220,23 @@ def find_splits(spec):
     spec: a file or folder, with ":config" if a README.md names configurations; else a name on the hub.
     """
     name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+    files = files_by_name(name) if os.path.isdir(name) and not config else {}
     if os.path.isfile(name):
         if Path(name).suffix.lower() not in KINDS:
             raise InputError(f"cannot load {name}: only {', '.join(KINDS)} files are read")
-        return {"train": [name]}
-    if not os.path.isdir(name):
+        files = {"train": [name]}
+    elif not os.path.isdir(name):
         hub_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
         if not hub_like or Path(name).suffix in KINDS:  # the hub can take long to say no
             raise InputError(f"no such file or folder: {name!r}")
-        return dict(read(f"{spec} (no file or folder; looked for on the hub)", name, name=config or None))
-    files = {} if config else files_by_name(name)
+        spec += " (no file or folder; looked for on the hub)"
     return files or dict(read(spec, name, name=config or None))
 
 
-def named_like(split, names):
-    """The names that may mean a split, best first: exact ones before others such as validation_matched."""
-    exact = [name for alias in NAMES[split] for name in names if name.lower() == alias]
-    longer = [name for name in names if split == "validation" and name.lower().startswith("valid")]
-    return exact + [name for name in longer if name not in exact]
-
-
-def may_be_class(table, column):
-    """Can the values of a column be names of classes? Fractions, dates and nested values cannot."""
-    kind = getattr(table.features[column], "dtype", "nested or mixed")
+def may_be_class(kind, values):
+    """Can these values of a column be names of classes? Fractions, dates and nested values cannot."""
     if "float" in kind:
-        return all(value is None or value != value or value.is_integer() for value in table[column][:])
+        return all(value is None or value != value or value.is_integer() for value in values)
     return "string" in kind or "int" in kind or "bool" in kind
 
 
@@ -256,7 +248,7 @@ def find_columns(table, source):
     """
     kinds = {column: getattr(f, "dtype", "nested or mixed") for column, f in table.features.items()}
     strings = [column for column in kinds if "string" in kinds[column]]
-    classes = [column for column in kinds if may_be_class(table, column)]
+    classes = [column for column in kinds if may_be_class(kinds[column], table[column])]
     text = source.text_columns or (["text"] if "text" in kinds else None)
     label = source.label_column or ("label" if "label" in kinds else None)
     texts = [text] if text else [[column] for column in strings]
@@ -268,10 +260,10 @@ def find_columns(table, source):
     for column, kind in kinds.items():
         values = [str(value) for value in table[column][:]]
         listed.append(f"{column[:40]} ({kind}, {len(set(values))} different, first {values[0][:30]!r})")
-    found = f"{text or 'text'} as strings and {label or 'label'} as classes"
-    reason = f"more than one choice of {found}" if pairs else f"no {found}"
+    reason = "more than one choice of" if pairs else "no"
     flags = f"--{source.flag}text_columns and --{source.flag}label_column"
-    line = f"{reason} in {source.spec}: name them with {flags}. Columns: {', '.join(listed)}"
+    line = f"""{reason} {text or 'text'} as strings and {label or 'label'} as classes in {source.spec}: name
+        them with {flags}. Columns (of a CSV, separated by commas): {', '.join(listed)}"""
     raise InputError(" ".join(line.split()))
 
 
@@ -300,19 +292,18 @@ def open_splits(source, wanted):
     where it came from}}, and a list of lines. A split without labels (absent, null or -1) is not used.
     """
     found = find_splits(source.spec)
-    candidates = {split: named_like(split, found) for split in NAMES}
-    if len(found) == 1 and not any(candidates.values()):
-        candidates["train"] = list(found)
-    if not candidates["train"]:
+    named = {split: [name for pattern in patterns for name in found if fnmatch(name.lower(), pattern)]
+             for split, patterns in NAMES.items()}
+    if len(found) == 1 and not any(named.values()):
+        named["train"] = list(found)
+    if not named["train"]:
         raise InputError(f"{source.spec} has no train split, only {', '.join(found)}: name one file train")
     opened, origin, unused = {}, {}, dict.fromkeys(found, "")
     for split in wanted:
-        for name in candidates[split]:
+        for name in named[split]:
             table, where = found[name], f"split {name} of {source.spec}"
             if isinstance(table, list):
                 table, where = read_files(table), ", ".join(table)
-            if len(table) == 0:
-                raise InputError(f"{where} is empty")
             if split == "train":
                 text_columns, label_column = find_columns(table, source)
             elif not set(text_columns) <= set(table.features):
@@ -395,11 +386,9 @@ def held_out(text):
     """
     chosen, taken = [], 0
     for value, count in zip(*np.unique(text, return_counts=True)):  # sorted by hash
-        if taken + count <= max(1, len(text) // 5):
+        if taken < len(text) / 10 and taken + count <= max(1, len(text) // 5):
             chosen.append(value)
             taken += count
-        if taken >= len(text) / 10:
-            break
     return np.isin(text, chosen)
 
 
@@ -464,7 +453,7 @@ class Data(NamedTuple):
 
 
 def limited_subset(label, n, seed):
-    """Boolean mask (N,) of n examples: seeded, stratified, and nested (100 are among 200).
+    """Boolean mask (N,) of n examples, None = all: seeded, stratified, and nested (100 are among 200).
 
     In random order within its class, example k of a class of m has its turn at k / m: classes come about in
     proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
@@ -477,25 +466,22 @@ def limited_subset(label, n, seed):
     return np.isin(np.arange(len(label)), np.argsort(turn, kind="stable")[:n])
 
 
-def choose_vocab(train, aux, word_id, vocab_size, parent_words):
+def choose_vocab(train, aux, vocab_size, n_kept):
     """Old word ids in order of their new ids: SPECIAL, the target's training words, a parent's, the auxiliary
-    task's; vocab_size at most, except that all words of a parent are kept.
+    task's; vocab_size at most, except that the first n_kept words, SPECIAL and a parent's, always stay.
 
     Each by frequency. No word of the auxiliary task takes the place of one of the target.
     """
-    chosen = list(range(len(SPECIAL)))
 
-    def new_words(examples):
-        count = np.bincount(examples.tokens, minlength=len(word_id))
-        count[chosen] = 0
+    def by_frequency(examples):
+        count = np.bincount(examples.tokens)
+        count[: len(SPECIAL)] = 0
         return np.argsort(-count, kind="stable")[: np.count_nonzero(count)].tolist()
 
-    chosen += new_words(train)[: vocab_size - len(chosen)]
-    known = set(chosen)
-    chosen += [word_id[word] for word in parent_words if word_id[word] not in known]
-    if aux:
-        chosen += new_words(aux)[: max(0, vocab_size - len(chosen))]
-    return chosen
+    own = [*range(len(SPECIAL)), *by_frequency(train)][:vocab_size]
+    kept = list(dict.fromkeys([*own, *range(n_kept)]))  # each once
+    more = by_frequency(aux) if aux else []
+    return list(dict.fromkeys([*kept, *more]))[: max(vocab_size, len(kept))]
 
 
 def counts(splits, names):
@@ -506,22 +492,20 @@ def counts(splits, names):
 
 
 def data_notes(train, test, names):
-    """A line for everything in the target's Examples that makes its test accuracy misleading."""
-    notes = []
+    """Yield a line for everything in the target's Examples that makes its test accuracy misleading."""
     trained, tested = (np.bincount(part.label, minlength=len(names)) for part in (train, test))
     if absent := [name for name, n in zip(names, trained) if n == 0]:
-        notes.append(f"{len(absent)} of {len(names)} classes have no training example, but "
-                     f"{tested[trained == 0].sum()} test texts: {', '.join(absent)[:60]}")
+        yield (f"{len(absent)} of {len(names)} classes have no training example, but "
+               f"{tested[trained == 0].sum()} test texts: {', '.join(absent)[:60]}")
     if again := np.isin(test.text, train.text).sum():
-        notes.append(f"{again} of the test texts also occur among the training examples")
-    if train.cut.mean() > 0.1:
-        notes.append(f"{train.cut.mean():.0%} of the training texts are longer than max_length and were cut")
+        yield f"{again} of the test texts also occur among the training examples"
+    if (cut := train.cut.mean()) > 0.1:
+        yield f"{cut:.0%} of the training texts are longer than max_length and were cut"
     if len(test.label) < 100:
-        notes.append(f"only {len(test.label)} test texts: the test accuracy is uncertain")
-    if tested.max() > 0.9 * tested.sum():
-        share, name = tested.max() / tested.sum(), names[tested.argmax()]
-        notes.append(f"{share:.1%} of the test texts are of class {name[:40]}: see macro-F1, not accuracy")
-    return notes
+        yield f"only {len(test.label)} test texts: the test accuracy is uncertain"
+    if (share := tested.max() / tested.sum()) > 0.9:
+        name = names[tested.argmax()][:40]
+        yield f"{share:.1%} of the test texts are of class {name}: see macro-F1, not accuracy"
 
 
 def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words=()):
@@ -533,24 +517,24 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
     record's fingerprints are of whole splits, its counts and shares of the examples that are used.
     """
     word_id = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, *parent_words]))}
+    n_kept = len(word_id)
     splits, names, about, notes = load_task(target, tuple(NAMES), max_length, word_id)
-    n_train = len(splits["train"].label)
-    if n_target == 1 or n_target > n_train:
-        raise InputError(f"n_target {n_target}: of {n_train} training examples take at least 2, or 0 for all")
-    if n_target:
-        splits["train"] = splits["train"].take(limited_subset(splits["train"].label, n_target, seed))
+    train = splits["train"]
+    n_all = len(train.label)
+    if n_target == 1 or n_target > n_all:
+        raise InputError(f"n_target {n_target}: of {n_all} training examples take at least 2, or 0 for all")
+    splits["train"] = train.take(limited_subset(train.label, n_target or None, seed))
     notes += data_notes(splits["train"], splits["test"], names)
     labels, record = {"target": names}, {"target": about | counts(splits, names)}
     if aux:
         part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)
-        held_out_texts = np.concatenate([splits["validation"].text, splits["test"].text])
-        leaks = np.isin(part["train"].text, held_out_texts)
+        leaks = np.isin(part["train"].text, np.concatenate([splits["validation"].text, splits["test"].text]))
         if leaks.all():
             raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
         notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]
         splits["auxiliary"] = part["train"].take(~leaks)
         record["auxiliary"] = about | counts({"train": splits["auxiliary"]}, labels["auxiliary"])
-    chosen = choose_vocab(splits["train"], splits.get("auxiliary"), word_id, vocab_size, parent_words)
+    chosen = choose_vocab(splits["train"], splits.get("auxiliary"), vocab_size, n_kept)
     new_id = np.full(len(word_id), UNK, dtype=np.int32)
     new_id[chosen] = np.arange(len(chosen))
     splits = {name: part._replace(tokens=new_id[part.tokens]) for name, part in splits.items()}
@@ -570,9 +554,8 @@ def epoch_order(length, batch_size, rng):
     """
     order = rng.permutation(len(length))
     pool_size = batch_size * max(1, min(16, len(order) // (8 * batch_size)))
-    for start in range(0, len(order), pool_size):
-        pool = order[start : start + pool_size]
-        order[start : start + pool_size] = pool[np.argsort(length[pool], kind="stable")]
+    pool = np.arange(len(order)) // pool_size
+    order = order[np.lexsort((length[order], pool))]  # by pool, and within a pool by length
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(batches)
     return np.concatenate(batches)
