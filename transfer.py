@@ -236,7 +236,7 @@ def find_splits(spec):
 def may_be_class(kind, values):
     """Can these values of a column be names of classes? Fractions, dates and nested values cannot."""
     if "float" in kind:
-        return all(value is None or value != value or value.is_integer() for value in values)
+        return all(value is None or value != value or value.is_integer() for value in values[:])
     return "string" in kind or "int" in kind or "bool" in kind
 
 
@@ -532,17 +532,17 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
         if leaks.all():
             raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
         notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]
-        splits["auxiliary"] = part["train"].take(~leaks)
-        record["auxiliary"] = about | counts({"train": splits["auxiliary"]}, labels["auxiliary"])
-    chosen = choose_vocab(splits["train"], splits.get("auxiliary"), vocab_size, n_kept)
+        splits["aux"] = part["train"].take(~leaks)
+        record["auxiliary"] = about | counts({"train": splits["aux"]}, labels["auxiliary"])
+    chosen = choose_vocab(splits["train"], splits.get("aux"), vocab_size, n_kept)
     new_id = np.full(len(word_id), UNK, dtype=np.int32)
     new_id[chosen] = np.arange(len(chosen))
     splits = {name: part._replace(tokens=new_id[part.tokens]) for name, part in splits.items()}
     record["unknown"] = {name: (splits[name].tokens == UNK).mean().item() for name in ("train", "test")}
     record["cut"] = splits["train"].cut.mean().item()
-    parts = [splits.get(name) for name in ("train", "validation", "test", "auxiliary")]
     known = list(word_id)
-    return Data(*parts, [known[i] for i in chosen], labels, notes, record)
+    vocab = [known[i] for i in chosen]
+    return Data(**{"aux": None, **splits}, vocab=vocab, labels=labels, notes=notes, record=record)
 
 
 def epoch_order(length, batch_size, rng):
