@@ -49,7 +49,7 @@ def words(text, max_length):
     while sum(len(part) for part in found) > room:
         longest = max(reversed(found), key=len)  # of equally long parts the last one
         longest.pop()
-    joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]
+    joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]  # none before the first part
     return joined[:max_length] or [SPECIAL[UNK]]
 
 

@@ -65,8 +65,7 @@ def couple(g_target, g_aux, coupling):
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
         scale = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
-        for name in both:
-            update[name] = update[name] - scale * g_target[name]
+        update |= {name: update[name] - scale * g_target[name] for name in both}
     return update
 
 
