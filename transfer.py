@@ -8,6 +8,7 @@ training subset and drops auxiliary examples that would leak. Last, the order of
 Left out on purpose: more than two tasks, tasks that are not classification, tokenizers other than words.
 """
 
+import csv
 import hashlib
 import json
 import logging
@@ -170,6 +171,18 @@ def check_lines(file):
                 raise InputError(f"cannot load {file}, line {number}: {error}") from None
 
 
+def check_columns(file):
+    """Raise InputError if a row of a CSV is wider than its header: the library may shift the whole row."""
+    csv.field_size_limit(2**31 - 1)
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines)
+        width = len(next(rows, []))
+        for row in rows:
+            if len(row) > width:
+                raise InputError(f"cannot load {file}, line {rows.line_num}: {len(row)} columns, but {width} in "
+                                 "the header; columns are parted by commas, texts with commas need quotes")
+
+
 def read(spec, kind, **options):
     """What `datasets.load_dataset` returns; it runs no code of a data set. Raises InputError."""
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
@@ -186,14 +199,13 @@ def read(spec, kind, **options):
 
 def read_files(files):
     """A Dataset of the rows of local files of one kind. Raises InputError."""
-    kind, where, options = KINDS[Path(files[0]).suffix.lower()], files[0], {}
-    if kind != "parquet":
-        for file in files:
-            check_lines(file)
-    if kind == "csv":
-        where += " with commas between columns"
-        options = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
-    return read(where, kind, data_files=[escape(file) for file in files], split="train", **options)
+    kind, options = KINDS[Path(files[0]).suffix.lower()], {}
+    for file in files if kind != "parquet" else []:
+        check_lines(file)
+        if kind == "csv":
+            check_columns(file)
+            options = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
+    return read(files[0], kind, data_files=[escape(file) for file in files], split="train", **options)
 
 
 def files_by_name(folder):
@@ -262,7 +274,7 @@ def find_columns(table, source):
     reason = "more than one choice of" if pairs else "no"
     flags = f"--{source.flag}text_columns and --{source.flag}label_column"
     line = f"""{reason} {text or 'text'} as strings and {label or 'label'} as classes in {source.spec}: name
-        them with {flags}. Columns (of a CSV, separated by commas): {', '.join(listed)}"""
+        them with {flags}. Columns (of a CSV, parted by commas): {', '.join(listed)}"""
     raise InputError(" ".join(line.split()))
 
 
