@@ -141,7 +141,7 @@ def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
         assert code == 2 and error.count("\n") == 1
         return error
 
-    assert "another dropout, lr:" in refused("--lr", "0.5", "--dropout", "0.3")
+    assert "has dropout 0.1, not 0.3; lr 0.001, not 0.5: use the same" in refused("--lr", "0.5", "--dropout", "0.3")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     for content in (whole[: len(whole) // 2], b"", (tmp_path / "foreign.pt").read_bytes()):
         (tmp_path / "checkpoint.pt").write_bytes(content)
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
     rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
     write(tmp_path / "task", "train.jsonl", rows)
     code, error = run_main(*flags, "--resume")
-    assert code == 2 and "another data:" in error
+    assert code == 2 and "has target data " in error
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

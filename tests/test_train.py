@@ -324,9 +324,9 @@ def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp
     assert calls == [(4, 0.5), (4, 0.0)]
     scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
     assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
-    for other in (["--lr", "0.01"], ["--aux_weight", "0.1"]):  # the folders of the networks have one owner
-        with pytest.raises(InputError, match="other flags: use another --out_dir"):
-            loop.series(loop.parse_args([*flags, *other]))
+    for name, old, new in (("lr", "0.001", "0.01"), ("aux_weight", "0.5", "0.1")):  # a folder has one owner
+        with pytest.raises(InputError, match=f"has {name} {old}, not {new}: use another --out_dir"):
+            loop.series(loop.parse_args([*flags, f"--{name}", new]))
     assert len(calls) == 2
 
 
@@ -391,8 +391,8 @@ def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path):
     assert all(row["phase"] != "prune" for row in rows)
     (tmp_path / "odd.json").write_text("[1, 2]")
     for flags, reason in (
-        (["--structure", path, "--sparsity", 0.6], "chosen for sparsity 0.5, not 0.6"),
-        (["--structure", path, "--n_layer", 3], "2 layers of 4 heads, this run has 3 of 4"),
+        (["--structure", path, "--sparsity", 0.6], "has sparsity 0.5, not 0.6"),
+        (["--structure", path, "--n_layer", 3], "has n_layer 2, not 3"),
         (["--structure", tmp_path / "none.json"], "is not learned, random, bottom, or the result.json"),
         (["--structure", tmp_path / "odd.json"], "is not learned, random, bottom, or the result.json"),
     ):
@@ -467,7 +467,7 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent):
     run(tmp_path / "pruned")
     (tmp_path / "odd.pt").write_text("odd")
     for flags, reason in (
-        (["--init", tmp_path / "pruned" / "pruned.pt"], "a pruned network cannot be a parent"),
+        (["--init", tmp_path / "pruned" / "pruned.pt"], "has heads .*, not .*: a parent is dense"),
         (["--init", parent, "--d_model", 32], "has d_model 16, not 32"),
         (["--init", parent, "--max_length", 20], "has max_length 64, not 20"),
         (["--init", tmp_path / "none.pt"], "is not a network that train.py saved"),
@@ -596,7 +596,7 @@ def test_a_series_on_other_data_is_refused_and_reused_rows_are_announced(tmp_pat
     assert capsys.readouterr().out.count("is used again") == 2
     rows[0]["text"] = "another text"
     write(tmp_path / "task", "train.jsonl", rows)
-    with pytest.raises(InputError, match="runs on other data: use another --out_dir"):
+    with pytest.raises(InputError, match="has target data .*, not .*: use another --out_dir"):
         loop.series(loop.parse_args(flags))
 
 
@@ -631,7 +631,7 @@ def test_real_pairs_run_to_the_end(tmp_path, target, aux):
 
 
 BAD = [
-    (["--sparsity", "0.99"], "sparsity must be below 0.9"),
+    (["--sparsity", "0.99"], "^sparsity must be at least 0 and at most 0.967, not 0.99"),
     (["--sparsity", "-0.1"], "^sparsity must be at least 0 and at most .*, not -0.1"),
     (["--sparsity", "nan"], "^sparsity must be .*, not nan"),
     (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"),
@@ -676,7 +676,7 @@ def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path, monk
     (tmp_path / "broken" / "train.jsonl").open("a").write("{oops\n")
     (tmp_path / "file").write_text("")
     for flags, reason in (
-        (["--sparsity", "2"], "sparsity must be below 0.9"),
+        (["--sparsity", "2"], "sparsity must be at least 0 and at most 0.967, not 2"),
         (["--target", tmp_path / "broken"], "line 2"),
         (["--wrong", "1"], "unrecognized arguments: --wrong 1"),
         (["--steps"], "argument --steps: expected one argument"),
