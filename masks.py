@@ -172,13 +172,10 @@ def select(prob, sparsity, head_size, ffn_size):
     n_heads, n_layer = prob.head.numel(), prob.ffn.numel()
     size = [head_size] * n_heads + [ffn_size] * n_layer
     room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
-    order = p.argsort(descending=True, stable=True).tolist()
     if ffn_size + n_layer * head_size <= room:
-        first = n_heads + prob.ffn.argmax().item()
-        order.remove(first)
-        order.insert(0, first)
+        p[n_heads + prob.ffn.argmax()] = 2.0  # before all probabilities
     keep = torch.zeros_like(p)
-    for i in order:
+    for i in p.argsort(descending=True, stable=True).tolist():
         if size[i] <= room:
             keep[i] = 1
             room -= size[i]

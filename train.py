@@ -15,6 +15,7 @@ Read `train` first; what it calls stands below it, in the order of the calls.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -23,8 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from timeit import timeit
 
@@ -48,8 +47,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task to solve: hub name[:config], folder or file")
-    add("--aux", help="auxiliary task, named in the same way; default: reviews:film for the default target, "
-        "else none")
+    add("--aux", help="auxiliary task, or none (default: none, but reviews:film for the default target)")
     add("--text_columns", nargs="+", help="text columns of the target, if several could be meant")
     add("--label_column", help="label column of the target, if several could be meant")
     add("--aux_text_columns", nargs="+", help="text columns of the auxiliary task, in the same way")
@@ -169,8 +167,8 @@ def train(args):
     finetune_start = args.steps - args.finetune_steps
     prune_start = args.prune_start if args.sparsity and not given else finetune_start
     sizes = model.unit_sizes(args.d_model, args.n_head)
-    target = Task("target", data.train, args)
-    auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
+    target = Task("target", data.train, args.batch_size, args.seed)
+    auxiliary = Task("auxiliary", data.aux, args.batch_size, args.seed) if data.aux else None
     full_aux_weight = args.aux_weight if auxiliary else 0.0
     writes = rank_and_world()[0] == 0  # of several processes, one evaluates and writes
     shows = writes and sys.stderr.isatty()
@@ -181,15 +179,19 @@ def train(args):
         phase = phase_at(step, prune_start, finetune_start)
         gates = run.gates if phase == "prune" else None  # the gates that are at work
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
-            before = accuracies(run.net, run.gates.deterministic(), data, args.device)
-            cut_out(run, given or masks.select(run.gates.prob_open(), args.sparsity, *sizes), args)
+            structure = given or masks.select(run.gates.prob_open(), args.sparsity, *sizes)
+            z = run.gates.deterministic()
+            before = accuracies(run.net, z, data, args.device)
+            cut_out(run, structure, args.weight_decay)
             after = accuracies(run.net, None, data, args.device)
             run.cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
         for group in run.optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # what is minimised: the target's loss, the weighted auxiliary loss, the controller's penalty
+        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
         aux_weight = transfer.aux_weight_at(step, full_aux_weight, args.transfer_start, args.transfer_stop)
+        reached = transfer.transferred(parameters, args.transfer)  # by the auxiliary loss
         loss_target = loss_aux = penalty = torch.zeros(())
         target_sparsity = args.sparsity if phase == "finetune" else 0.0
         if step >= args.target_start:
@@ -202,11 +204,11 @@ def train(args):
             penalty = run.controller.penalty(gap)
 
         # the two tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
-        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
         g_target = gradients(loss_target, parameters)
-        g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
+        g_aux = gradients(aux_weight * loss_aux, reached)
+        g_penalty = gradients(penalty, parameters)
         update = transfer.couple(g_target, g_aux, args.coupling)
-        update = transfer.couple(update, gradients(penalty, parameters), "sum")
+        update = transfer.couple(update, g_penalty, "sum")
         for name, p in parameters.items():
             p.grad = update.get(name)
         norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
@@ -246,31 +248,12 @@ def train(args):
     if not writes:
         return None
     run.net.load_state_dict(run.best_weights)
+    result = summary(run, args, data)
     run.net.save(file := io.BytesIO())
     write(out / "pruned.pt", file.getvalue())
-    result = summary(run, args, data)
     write(out / "result.json", json.dumps(result, indent=1).encode())
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return result
-
-
-@dataclass
-class State:
-    """What changes during a run, and what identifies it; a checkpoint holds all of it."""
-
-    net: model.GatedTransformer  # dense, and from the cut on the smaller one
-    gates: masks.Gates
-    controller: masks.Controller
-    optimizer: torch.optim.Optimizer  # of net
-    gate_optimizer: torch.optim.Optimizer
-    structure: masks.Z  # zeros and ones; all ones until it is chosen
-    setting: dict  # what a run that resumes this one must share
-    step: int = 0  # steps done
-    seconds: float = 0.0  # spent on them, before and after an interruption
-    history: list = field(default_factory=list)  # the rows of history.jsonl
-    best_score: tuple = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
-    best_weights: dict | None = None
-    cut: dict = field(default_factory=dict)  # accuracies before and after the cut
 
 
 def given_structure(args):
@@ -351,13 +334,13 @@ def load(args, parent=None):
     if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
         data.notes.append("no transfer: it starts after it stops, or after the last step")
     if rank_and_world()[0] == 0:
-        print_data(args, data)
+        print_data(data, args.target, args.aux)
     return data
 
 
-def print_data(args, data):
+def print_data(data, target, aux):
     """What was decided about the data, in a few lines: nothing is guessed in silence."""
-    for task, spec in (("target", args.target), ("auxiliary", args.aux)):
+    for task, spec in (("target", target), ("auxiliary", aux)):
         if about := data.record.get(task):
             counts = ", ".join(f"{n} {split}" for split, n in about["examples"].items())
             print(f"{task} {spec}: {counts} examples; text from {' and '.join(about['text_columns'])}, "
@@ -374,20 +357,32 @@ def print_data(args, data):
         print(f"note: {note}")
 
 
+class State:
+    """What changes during a run, and what identifies it; a checkpoint holds all of it."""
+
+    def __init__(self, args, data, parent):
+        L, H = args.n_layer, args.n_head
+        self.net = dense_network(args, data)  # dense, and from the cut on the smaller one
+        if parent:
+            inherit(self.net, parent)
+        self.gates = masks.Gates(L, H).to(args.device)
+        self.controller = masks.Controller(args.gate_lr).to(args.device)
+        self.optimizer = weight_optimizer(self.net, args.weight_decay)
+        # a short memory, because the push of the controller changes its sign often
+        self.gate_optimizer = torch.optim.Adam(self.gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
+        self.structure = masks.Z(torch.ones(L, H), torch.ones(L))  # all ones until it is chosen
+        self.setting = setting(vars(args), data.record)  # what a run that resumes this one must share
+        self.step, self.seconds = 0, 0.0  # steps done, and the time they took before and after an interruption
+        self.history = []  # the rows of history.jsonl
+        self.best_score = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
+        self.best_weights = None
+        self.cut = {}  # accuracies before and after the cut
+
+
 def start(args, data, parent=None):
     """The State of a new run or, with --resume, of the interrupted one. Prepares the output folder."""
     torch.manual_seed(args.seed)
-    net = dense_network(args, data)
-    if parent:
-        inherit(net, parent)
-    gates = masks.Gates(args.n_layer, args.n_head).to(args.device)
-    # a short memory, because the push of the controller changes its sign often
-    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
-    opened = masks.Z(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))
-    controller = masks.Controller(args.gate_lr).to(args.device)
-    made = setting(vars(args), data.record)
-    run = State(net, gates, controller, weight_optimizer(net, args), gate_optimizer, opened, made)
-    checkpoint = Path(args.out_dir, "checkpoint.pt")
+    run, checkpoint = State(args, data, parent), Path(args.out_dir, "checkpoint.pt")
     if args.resume and checkpoint.exists():
         resume(run, checkpoint, args)
     elif rank_and_world()[0] == 0:
@@ -399,13 +394,12 @@ def clear(out, resume):
     """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
     out.mkdir(parents=True, exist_ok=True)
     names = ("checkpoint.pt", "history.jsonl", "pruned.pt", "result.json")
-    old = [out / name for name in names if (out / name).exists()]
     if resume:
         print(f"note: {out / 'checkpoint.pt'} is not there: starting at step 0")
-    if old:
+    if any((out / name).exists() for name in names):
         print(f"note: the earlier run in {out} is overwritten")
-    for file in old:
-        file.unlink()
+    for name in names:
+        (out / name).unlink(missing_ok=True)
     (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
 
 
@@ -418,11 +412,11 @@ def dense_network(args, data):
         fail(f"no memory for a network of d_model {args.d_model} and {args.n_layer} layers: {error}")
 
 
-def weight_optimizer(net, args):
-    """AdamW for the weights of a network: matrices are decayed, norms and biases are not."""
-    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay}
+def weight_optimizer(net, weight_decay):
+    """AdamW for the weights of a network, at the rate of `lr_at`: matrices are decayed, norms are not."""
+    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=args.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.98), fused=True)
 
 
 def essential(flags):
@@ -443,11 +437,11 @@ def setting(flags, record):
     return essential(flags) | data | contents
 
 
-def cut_out(run, structure, args):
+def cut_out(run, structure, weight_decay):
     """Cut the units that `structure`, a Z of zeros and ones, closes out of the network of a State."""
     run.structure = structure
     run.net = model.extract(run.net, structure)
-    run.optimizer = weight_optimizer(run.net, args)  # Adam's averages had the old shapes
+    run.optimizer = weight_optimizer(run.net, weight_decay)  # Adam's averages had the old shapes
 
 
 def save_checkpoint(run, path):
@@ -465,12 +459,11 @@ def resume(run, path, args):
     except Exception:  # whatever a truncated or foreign file provokes
         fail(f"{path} is not a complete checkpoint of this program: delete it, or run without --resume")
     must_match(before, run.setting, path, "use the same, or run without --resume")
-    cut_out(run, structure, args)
-    for name, part in saved.items():
-        if hasattr(getattr(run, name), "load_state_dict"):
-            getattr(run, name).load_state_dict(part)
-        else:
-            setattr(run, name, part)
+    cut_out(run, structure, args.weight_decay)
+    for name, part in vars(run).items():
+        if hasattr(part, "load_state_dict"):
+            part.load_state_dict(saved.pop(name))
+    vars(run).update(saved)  # numbers and rows
 
 
 def write(path, content):
@@ -502,9 +495,9 @@ WARMUP = 100  # steps in which the learning rate rises to its full value
 class Task:
     """A task as the loop sees it: a batch for every step, which depends on nothing but the seed."""
 
-    def __init__(self, name, examples, args):
+    def __init__(self, name, examples, batch_size, seed):
         self.name, self.examples = name, examples  # name: "target" or "auxiliary", as in net.classifier
-        self.order = transfer.batch_order(examples, args.batch_size, noise_seed(args.seed, name, 0))
+        self.order = transfer.batch_order(examples, batch_size, noise_seed(seed, name, 0))
 
 
 def phase_at(step, prune_start, finetune_start):
@@ -705,7 +698,7 @@ def series(args):
         must_match(setting(row["args"], row["data"]), setting(ours, record), path, "use another --out_dir")
         done[seed, weight] = row
     seeds, weights = range(args.seed, args.seed + args.seeds), [args.aux_weight, 0.0][: 1 + args.baseline]
-    for seed, weight in product(seeds, weights):
+    for seed, weight in itertools.product(seeds, weights):
         if (seed, weight) in done:
             print(f"seed {seed}, aux_weight {weight:g}: the row in {path} is used again")
         else:
@@ -746,14 +739,13 @@ def report_series(results):
     for split in ("validation", "test"):
         lines = {f"aux_weight {weight:g}": [100 * row[f"{split}_accuracy"] for row in rows]
                  for weight, rows in results.items()}
-        lines["gain, paired by seed"] = gains(results, split)
+        if len(results) == 2:
+            lines["gain, paired by seed"] = gains(results, split)
         for name, values in lines.items():
-            if len(values) > 1:
-                mean, deviation, half = interval(values)
-                print(f"{split:10}  {name:20}  {mean:5.1f} points, standard deviation {deviation:.1f}, "
-                      f"95 % interval [{mean - half:.1f}, {mean + half:.1f}], n = {len(values)}")
-            elif values:
-                print(f"{split:10}  {name:20}  {values[0]:5.1f} points")
+            mean, deviation, half = interval(values)
+            spread = (f", standard deviation {deviation:.1f}, 95 % interval [{mean - half:.1f}, "
+                      f"{mean + half:.1f}], n = {len(values)}")
+            print(f"{split:10}  {name:20}  {mean:5.1f} points{spread if len(values) > 1 else ''}")
     weight = chosen_weight(results)
     best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
     advice = f"validation speaks for aux_weight {weight:g}; its" if len(results) == 2 else "the"

@@ -81,7 +81,8 @@ def our_step(*shape, pruning=True):
     args, data = setting(*shape)
     with tempfile.TemporaryDirectory() as args.out_dir:
         run = loop.start(args, data)
-    target, auxiliary = (loop.Task(name, data.train, args) for name in ("target", "auxiliary"))
+    names = ("target", "auxiliary")
+    target, auxiliary = (loop.Task(name, data.train, args.batch_size, args.seed) for name in names)
     gates, sizes, number = run.gates if pruning else None, model.unit_sizes(shape[0], args.n_head), count()
 
     def step():

@@ -141,7 +141,8 @@ def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
         assert code == 2 and error.count("\n") == 1
         return error
 
-    assert "has dropout 0.1, not 0.3; lr 0.001, not 0.5: use the same" in refused("--lr", "0.5", "--dropout", "0.3")
+    error = refused("--lr", "0.5", "--dropout", "0.3")
+    assert "has dropout 0.1, not 0.3; lr 0.001, not 0.5: use the same" in error
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     for content in (whole[: len(whole) // 2], b"", (tmp_path / "foreign.pt").read_bytes()):
         (tmp_path / "checkpoint.pt").write_bytes(content)

@@ -141,7 +141,7 @@ def test_the_gradient_of_a_step_is_the_coupling_of_the_two_tasks_plus_the_contro
     run, given = loop.start(args, data), []
     named = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
     losses = [
-        loop.task_loss(run.net, run.gates, loop.Task(name, examples, args), 0, args)
+        loop.task_loss(run.net, run.gates, loop.Task(name, examples, args.batch_size, args.seed), 0, args)
         for name, examples in (("target", data.train), ("auxiliary", data.aux))
     ]
     g_target, g_aux = (
