@@ -173,7 +173,7 @@ def select(prob, sparsity, head_size, ffn_size):
     size = [head_size] * n_heads + [ffn_size] * n_layer
     room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
     if ffn_size + n_layer * head_size <= room:
-        p[n_heads + prob.ffn.argmax()] = 2.0  # before all probabilities
+        p[n_heads + prob.ffn.argmax()] = 2.0  # more than any probability: it comes first
     keep = torch.zeros_like(p)
     for i in p.argsort(descending=True, stable=True).tolist():
         if size[i] <= room:

@@ -189,9 +189,7 @@ def train(args):
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # what is minimised: the target's loss, the weighted auxiliary loss, the controller's penalty
-        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
         aux_weight = transfer.aux_weight_at(step, full_aux_weight, args.transfer_start, args.transfer_stop)
-        reached = transfer.transferred(parameters, args.transfer)  # by the auxiliary loss
         loss_target = loss_aux = penalty = torch.zeros(())
         target_sparsity = args.sparsity if phase == "finetune" else 0.0
         if step >= args.target_start:
@@ -204,6 +202,8 @@ def train(args):
             penalty = run.controller.penalty(gap)
 
         # the two tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
+        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
+        reached = transfer.transferred(parameters, args.transfer)  # by the auxiliary loss
         g_target = gradients(loss_target, parameters)
         g_aux = gradients(aux_weight * loss_aux, reached)
         g_penalty = gradients(penalty, parameters)
@@ -284,8 +284,7 @@ def read_structure(args):
         its = {"n_layer": len(ffn), "n_head": head.shape[1], "sparsity": result["target_sparsity"]}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
-    ours = {name: vars(args)[name] for name in its}
-    must_match(its, ours, f"structure: {args.structure}", "use the same shape and sparsity")
+    must_match(its, {name: vars(args)[name] for name in its}, f"structure: {args.structure}", "use the same")
     return masks.Z(head, ffn)
 
 
@@ -305,20 +304,6 @@ def shape(args):
     """The fields of model.Config that the flags determine, for the network before pruning."""
     return {"max_length": args.max_length, "d_model": args.d_model, "d_head": args.d_model // args.n_head,
             "heads": [args.n_head] * args.n_layer, "ffn": [1] * args.n_layer}
-
-
-@torch.no_grad()
-def inherit(net, parent):
-    """Copy the parent's weights into a network of the same shape, word embeddings by name.
-
-    The target's classifier starts anew; the auxiliary one is the parent's, if it answers the same question.
-    """
-    own = ("token.", "classifier.")  # what depends on vocabulary and labels
-    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
-    net.load_state_dict(state, strict=False)
-    if net.labels.get("auxiliary") == parent.labels["target"]:
-        net.classifier["auxiliary"].load_state_dict(parent.classifier["target"].state_dict())
-    net.token.weight[[net.word_id[word] for word in parent.vocab]] = parent.token.weight
 
 
 def load(args, parent=None):
@@ -357,6 +342,17 @@ def print_data(data, target, aux):
         print(f"note: {note}")
 
 
+def start(args, data, parent=None):
+    """The State of a new run or, with --resume, of the interrupted one. Prepares the output folder."""
+    torch.manual_seed(args.seed)
+    run, checkpoint = State(args, data, parent), Path(args.out_dir, "checkpoint.pt")
+    if args.resume and checkpoint.exists():
+        resume(run, checkpoint, args)
+    elif rank_and_world()[0] == 0:
+        clear(Path(args.out_dir), args.resume)
+    return run
+
+
 class State:
     """What changes during a run, and what identifies it; a checkpoint holds all of it."""
 
@@ -372,35 +368,11 @@ class State:
         self.gate_optimizer = torch.optim.Adam(self.gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
         self.structure = masks.Z(torch.ones(L, H), torch.ones(L))  # all ones until it is chosen
         self.setting = setting(vars(args), data.record)  # what a run that resumes this one must share
-        self.step, self.seconds = 0, 0.0  # steps done, and the time they took before and after an interruption
+        self.step, self.seconds = 0, 0.0  # steps done, and their time, before and after an interruption
         self.history = []  # the rows of history.jsonl
         self.best_score = (-1.0, 0.0)  # validation accuracy and negative loss of the best network
         self.best_weights = None
         self.cut = {}  # accuracies before and after the cut
-
-
-def start(args, data, parent=None):
-    """The State of a new run or, with --resume, of the interrupted one. Prepares the output folder."""
-    torch.manual_seed(args.seed)
-    run, checkpoint = State(args, data, parent), Path(args.out_dir, "checkpoint.pt")
-    if args.resume and checkpoint.exists():
-        resume(run, checkpoint, args)
-    elif rank_and_world()[0] == 0:
-        clear(Path(args.out_dir), args.resume)
-    return run
-
-
-def clear(out, resume):
-    """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = ("checkpoint.pt", "history.jsonl", "pruned.pt", "result.json")
-    if resume:
-        print(f"note: {out / 'checkpoint.pt'} is not there: starting at step 0")
-    if any((out / name).exists() for name in names):
-        print(f"note: the earlier run in {out} is overwritten")
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
 
 
 def dense_network(args, data):
@@ -412,17 +384,25 @@ def dense_network(args, data):
         fail(f"no memory for a network of d_model {args.d_model} and {args.n_layer} layers: {error}")
 
 
+@torch.no_grad()
+def inherit(net, parent):
+    """Copy the parent's weights into a network of the same shape, word embeddings by name.
+
+    The target's classifier starts anew; the auxiliary one is the parent's, if it answers the same question.
+    """
+    own = ("token.", "classifier.")  # what depends on vocabulary and labels
+    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
+    net.load_state_dict(state, strict=False)
+    if net.labels.get("auxiliary") == parent.labels["target"]:
+        net.classifier["auxiliary"].load_state_dict(parent.classifier["target"].state_dict())
+    net.token.weight[[net.word_id[word] for word in parent.vocab]] = parent.token.weight
+
+
 def weight_optimizer(net, weight_decay):
     """AdamW for the weights of a network, at the rate of `lr_at`: matrices are decayed, norms are not."""
     matrices = {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.98), fused=True)
-
-
-def essential(flags):
-    """The flags that determine the numbers of a run, as a dict. flags: a dict of all of them."""
-    neutral = ("resume", "checkpoint_every", "out_dir", "seeds", "baseline")
-    return {name: value for name, value in flags.items() if name not in neutral}
 
 
 def setting(flags, record):
@@ -437,18 +417,10 @@ def setting(flags, record):
     return essential(flags) | data | contents
 
 
-def cut_out(run, structure, weight_decay):
-    """Cut the units that `structure`, a Z of zeros and ones, closes out of the network of a State."""
-    run.structure = structure
-    run.net = model.extract(run.net, structure)
-    run.optimizer = weight_optimizer(run.net, weight_decay)  # Adam's averages had the old shapes
-
-
-def save_checkpoint(run, path):
-    """Write everything that the same command with --resume needs to end in the same bits."""
-    parts = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in vars(run).items()}
-    torch.save({**parts, "structure": tuple(run.structure)}, file := io.BytesIO())
-    write(path, file.getvalue())
+def essential(flags):
+    """The flags that determine the numbers of a run, as a dict. flags: a dict of all of them."""
+    neutral = ("resume", "checkpoint_every", "out_dir", "seeds", "baseline")
+    return {name: value for name, value in flags.items() if name not in neutral}
 
 
 def resume(run, path, args):
@@ -464,6 +436,33 @@ def resume(run, path, args):
         if hasattr(part, "load_state_dict"):
             part.load_state_dict(saved.pop(name))
     vars(run).update(saved)  # numbers and rows
+
+
+def cut_out(run, structure, weight_decay):
+    """Cut the units that `structure`, a Z of zeros and ones, closes out of the network of a State."""
+    run.structure = structure
+    run.net = model.extract(run.net, structure)
+    run.optimizer = weight_optimizer(run.net, weight_decay)  # Adam's averages had the old shapes
+
+
+def clear(out, resume):
+    """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("checkpoint.pt", "history.jsonl", "pruned.pt", "result.json")
+    if resume:
+        print(f"note: {out / 'checkpoint.pt'} is not there: starting at step 0")
+    if any((out / name).exists() for name in names):
+        print(f"note: the earlier run in {out} is overwritten")
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    (out / "history.jsonl").touch()  # better to fail now than at the first evaluation
+
+
+def save_checkpoint(run, path):
+    """Write everything that the same command with --resume needs to end in the same bits."""
+    parts = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in vars(run).items()}
+    torch.save({**parts, "structure": tuple(run.structure)}, file := io.BytesIO())
+    write(path, file.getvalue())
 
 
 def write(path, content):
@@ -640,10 +639,9 @@ def summary(run, args, data):
 
 def commit():
     """Short hash of the commit of this file, or None without git or a repository."""
-    git = "git rev-parse --short HEAD"  # the shell reports a missing git on stderr, where nobody looks
     here = Path(__file__).absolute().parent
-    done = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here)
-    return done.stdout.strip() or None
+    done = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True, cwd=here)
+    return done.stdout.strip() or None  # the shell prints nothing if git is missing, nor does git on failure
 
 
 def wilson(share, n):
@@ -691,13 +689,15 @@ def series(args):
     check(args)
     path = Path(args.out_dir, "results.jsonl")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
-    record, done = load(args, read_parent(args)).record if rows else None, {}
+    record = load(args, read_parent(args)).record if rows else None
+    done = {}
     for row in rows:
         seed, weight = row["args"]["seed"], row["args"]["aux_weight"]
         ours = {**vars(args), "seed": seed, "aux_weight": args.aux_weight if weight else 0.0}
         must_match(setting(row["args"], row["data"]), setting(ours, record), path, "use another --out_dir")
         done[seed, weight] = row
-    seeds, weights = range(args.seed, args.seed + args.seeds), [args.aux_weight, 0.0][: 1 + args.baseline]
+    seeds = range(args.seed, args.seed + args.seeds)
+    weights = [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]
     for seed, weight in itertools.product(seeds, weights):
         if (seed, weight) in done:
             print(f"seed {seed}, aux_weight {weight:g}: the row in {path} is used again")
