@@ -169,7 +169,6 @@ def train(args):
     sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args.batch_size, args.seed)
     auxiliary = Task("auxiliary", data.aux, args.batch_size, args.seed) if data.aux else None
-    full_aux_weight = args.aux_weight if auxiliary else 0.0
     writes = rank_and_world()[0] == 0  # of several processes, one evaluates and writes
     shows = writes and sys.stderr.isatty()
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=not shows)
@@ -181,20 +180,19 @@ def train(args):
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
             structure = given or masks.select(run.gates.prob_open(), args.sparsity, *sizes)
             z = run.gates.deterministic()
-            before = accuracies(run.net, z, data, args.device)
+            run.cut = {"accuracy_before_cut": accuracies(run.net, z, data, args.device)}
             cut_out(run, structure, args.weight_decay)
-            after = accuracies(run.net, None, data, args.device)
-            run.cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
+            run.cut["accuracy_after_cut"] = accuracies(run.net, None, data, args.device)
         for group in run.optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # what is minimised: the target's loss, the weighted auxiliary loss, the controller's penalty
-        aux_weight = transfer.aux_weight_at(step, full_aux_weight, args.transfer_start, args.transfer_stop)
+        aux_weight = transfer.aux_weight_at(step, args.aux_weight, args.transfer_start, args.transfer_stop)
         loss_target = loss_aux = penalty = torch.zeros(())
         target_sparsity = args.sparsity if phase == "finetune" else 0.0
         if step >= args.target_start:
             loss_target = task_loss(run.net, gates, target, step, args)
-        if aux_weight:
+        if auxiliary and aux_weight:
             loss_aux = task_loss(run.net, gates, auxiliary, step, args)
         if gates:
             target_sparsity = masks.sparsity_at(step, args.sparsity, prune_start, args.prune_ramp)
@@ -203,9 +201,8 @@ def train(args):
 
         # the two tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
         parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
-        reached = transfer.transferred(parameters, args.transfer)  # by the auxiliary loss
         g_target = gradients(loss_target, parameters)
-        g_aux = gradients(aux_weight * loss_aux, reached)
+        g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
         g_penalty = gradients(penalty, parameters)
         update = transfer.couple(g_target, g_aux, args.coupling)
         update = transfer.couple(update, g_penalty, "sum")
@@ -228,7 +225,7 @@ def train(args):
         bar.set_postfix(terms, phase=phase, refresh=False)
         if writes and (run.step % EVAL_EVERY == 0 or run.step == args.steps):
             scores = evaluate(run.net, data.validation, gates.deterministic() if gates else None, args.device)
-            row = {"step": run.step, "phase": phase, "aux_weight": aux_weight, **terms,
+            row = {"step": run.step, "phase": phase, "aux_weight": aux_weight if auxiliary else 0.0, **terms,
                    "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
