@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
-    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, 0 to 0.967")
+    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, in [0, reachable)")
     add("--prune_start", type=int, default=500, help="step at which the target sparsity starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
@@ -106,7 +106,6 @@ def check(args):
     ones = "max_length n_layer n_head d_model batch_size prune_ramp finetune_steps checkpoint_every steps"
     lowest = dict.fromkeys(ones.split(), 1) | {"vocab_size": 4, "seeds": 1, "lr": 1e-9, "gate_lr": 1e-9}
     highest = {"structure_seed": 99, "dropout": 0.99, "label_smoothing": 0.99, "max_length": 4096}
-    highest |= {"sparsity": 0.967}  # with every gate closed the expected sparsity is 0.968
     highest |= {"steps": 10_000_000, "finetune_steps": args.steps, "target_start": args.steps}
     for name, value in vars(args).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
@@ -124,18 +123,29 @@ def check(args):
         fail(f"batch_size {args.batch_size} is not divisible by the number of processes")
     if dist.is_initialized() and (args.seeds > 1 or args.baseline):
         fail("--seeds and --baseline do not work under torchrun: start one process for each seed")
+    if args.sparsity:
+        check_pruning(args)
+    for name, path in (("init", args.init), ("structure", args.structure)):
+        if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
+            fail(f"{name}: {path} lies in out_dir, which this run overwrites: use another --out_dir")
+
+
+def check_pruning(args):
+    """Raise InputError if the requested sparsity cannot be reached."""
     head, ffn = model.unit_sizes(args.d_model, args.n_head)
+    closed = masks.Gates(args.n_layer, args.n_head)
+    torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
+    reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
+    if args.sparsity >= reachable:
+        fail(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
     if (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn) < head:
         fail(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
     steps = args.steps - args.finetune_steps - args.prune_start  # in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
-    if args.sparsity and args.structure == "learned" and needed > steps:
+    if args.structure == "learned" and needed > steps:
         fail(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} steps "
              f"between prune_start and fine-tuning, not {steps}")
-    for name, path in (("init", args.init), ("structure", args.structure)):
-        if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
-            fail(f"{name}: {path} lies in out_dir, which this run overwrites: use another --out_dir")
 
 
 def must_match(found, wanted, what, advice):
@@ -636,9 +646,11 @@ def summary(run, args, data):
 
 def commit():
     """Short hash of the commit of this file, or None without git or a repository."""
-    here = Path(__file__).absolute().parent
-    done = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True, cwd=here)
-    return done.stdout.strip() or None  # the shell prints nothing if git is missing, nor does git on failure
+    git = ["git", "-C", Path(__file__).absolute().parent, "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def wilson(share, n):

@@ -119,21 +119,6 @@ def test_the_multiplier_ascends_by_the_gap_and_a_large_gap_counts_as_lag():
         assert controller.lambda1.item() - before == pytest.approx(masks.ASCENT * 0.1 * change, rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (8, 2)])
-def test_the_highest_sparsity_that_a_run_accepts_is_what_closed_gates_can_reach(shape):
-    """Whatever the shape: closed gates count as a little open, and the flag stops just below that."""
-    import model
-    import train
-
-    closed = Gates(*shape)
-    closed.log_alpha.data.fill_(-masks.LIMIT)
-    assert 0.967 < sparsity(closed.prob_open(), *model.unit_sizes(8, shape[1])) < 0.968
-    wide = "--n_head 8 --n_layer 8 --sparsity".split()
-    train.check(train.parse_args([*wide, "0.967"]))
-    with pytest.raises(train.InputError, match="^sparsity must be .* at most 0.967, not 0.968"):
-        train.check(train.parse_args([*wide, "0.968"]))
-
-
 @pytest.mark.parametrize("target, ramp", list(itertools.product((0.3, 0.5, 0.7, 0.9), (1, 70, 140))))
 def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts(target, ramp):
     """Gates alone, in the fewest steps that the flags may leave, however steep the ramp."""

@@ -631,7 +631,7 @@ def test_real_pairs_run_to_the_end(tmp_path, target, aux):
 
 
 BAD = [
-    (["--sparsity", "0.99"], "^sparsity must be at least 0 and at most 0.967, not 0.99"),
+    (["--sparsity", "0.99"], "sparsity must be below 0.968, which the gates can reach, not 0.99"),
     (["--sparsity", "-0.1"], "^sparsity must be at least 0 and at most .*, not -0.1"),
     (["--sparsity", "nan"], "^sparsity must be .*, not nan"),
     (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"),
@@ -676,7 +676,7 @@ def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path, monk
     (tmp_path / "broken" / "train.jsonl").open("a").write("{oops\n")
     (tmp_path / "file").write_text("")
     for flags, reason in (
-        (["--sparsity", "2"], "sparsity must be at least 0 and at most 0.967, not 2"),
+        (["--sparsity", "2"], "sparsity must be below 0.9"),
         (["--target", tmp_path / "broken"], "line 2"),
         (["--wrong", "1"], "unrecognized arguments: --wrong 1"),
         (["--steps"], "argument --steps: expected one argument"),
