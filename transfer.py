@@ -366,7 +366,7 @@ def hash64(text):
 
 
 def tokenize(pairs, max_length, word_id, label_id):
-    """Turn (text, class name) pairs into Examples; new words and names get the next free id of the dicts.
+    """Turn (text, class name) pairs into Examples; new words get the next free id of the dict word_id.
 
     A text is a string or a tuple of strings. What is hashed is the whole normalised text: neither the length
     at which it is cut nor the vocabulary decides whether two texts are the same.
@@ -377,7 +377,7 @@ def tokenize(pairs, max_length, word_id, label_id):
         parts = (text,) if isinstance(text, str) else text
         tokens.extend(word_id.setdefault(word, len(word_id)) for word in found)
         start.append(len(tokens))
-        label.append(label_id.setdefault(name, len(label_id)))
+        label.append(label_id[name])
         hashes.append(hash64("\n".join(normalise(part) for part in parts)))
         cut.append(len(found) == max_length and len(words(text, max_length + 1)) > max_length)
     return Examples(*(np.asarray(part) for part in (tokens, start, label, hashes, cut)))  # same memory

@@ -493,8 +493,8 @@ def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsit
     """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
     wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
     flags = (
-        f"--sparsity {sparsity} --n_target 3000 --aux_weight 0 --steps 1000 --prune_start 200 "
-        f"--prune_ramp 300 --finetune_steps 350 --out_dir {tmp_path}"
+        f"--sparsity {sparsity} --n_target 3000 --aux_weight 0 --steps 700 --prune_start 130 "
+        f"--prune_ramp 200 --gate_lr 0.1 --finetune_steps 250 --out_dir {tmp_path}"
     ).split()
     result = loop.train(loop.parse_args(flags))
     assert abs(result["expected_sparsity"] - sparsity) < 0.02
