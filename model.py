@@ -55,7 +55,7 @@ def words(text, max_length):
 
 @dataclass
 class Config:
-    """Everything that determines a tensor shape."""
+    """What determines the shapes of all tensors but those of the classifiers."""
 
     vocab_size: int
     max_length: int  # tokens; longer texts are cut
@@ -239,9 +239,10 @@ def main():
     except Exception:  # whatever a missing, truncated or foreign file provokes
         fail(f"{sys.argv[1]} is not a network that train.py saved")
     try:
-        lines = sys.stdin.buffer.read().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+        texts = sys.stdin.buffer.read().decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         fail(f"the texts are not UTF-8: {error}")
+    lines = texts.removesuffix("\n").split("\n") if texts else []
     probabilities = model.probabilities([tuple(line.split("\t")) for line in lines])
     for probability, best in zip(*probabilities.max(1)):
         print(f"{model.labels['target'][best]}\t{probability:.3f}")

@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task to solve: hub name[:config], folder or file")
-    add("--aux", help="auxiliary task, or none (default: none, but reviews:film for the default target)")
+    add("--aux", help="auxiliary task, or none; left out: reviews:film for the default target, else none")
     add("--text_columns", nargs="+", help="text columns of the target, if several could be meant")
     add("--label_column", help="label column of the target, if several could be meant")
     add("--aux_text_columns", nargs="+", help="text columns of the auxiliary task, in the same way")
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
-    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, in [0, reachable)")
+    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, 0 to about 0.96")
     add("--prune_start", type=int, default=500, help="step at which the target sparsity starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
@@ -140,12 +140,13 @@ def check_pruning(args):
         fail(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
     if (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn) < head:
         fail(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
-    steps = args.steps - args.finetune_steps - args.prune_start  # in which gates can move
+    available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
-    needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
-    if args.structure == "learned" and needed > steps:
+    follow = max(args.prune_ramp, 2 * closing)  # the ramp, or what gates at half that speed take to follow it
+    needed = math.ceil(follow + closing)  # and one more closing, for the multiplier to settle
+    if args.structure == "learned" and needed > available:
         fail(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} steps "
-             f"between prune_start and fine-tuning, not {steps}")
+             f"between prune_start and fine-tuning, not {available}")
 
 
 def must_match(found, wanted, what, advice):
@@ -162,7 +163,7 @@ CAUGHT = []  # signals that asked the process to stop; the loop ends between two
 
 
 def train(args):
-    """One run from data to extracted network. args: from parse_args. Returns the dict in result.json."""
+    """One run from data to network. Returns the dict in result.json (torchrun's other processes: None)."""
     # ---- settings and data: everything that can be refused is refused before anything is written
     out = Path(args.out_dir)
     check(args)
@@ -179,7 +180,7 @@ def train(args):
     sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args.batch_size, args.seed)
     auxiliary = Task("auxiliary", data.aux, args.batch_size, args.seed) if data.aux else None
-    writes = rank_and_world()[0] == 0  # of several processes, one evaluates and writes
+    writes = rank_and_world()[0] == 0  # of several processes, one writes
     shows = writes and sys.stderr.isatty()
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=not shows)
 
@@ -220,7 +221,7 @@ def train(args):
             p.grad = update.get(name)
         norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
         terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": loss_aux.item(),
-                 "penalty": penalty.item(), "gradient_norm": norm.item()}
+                 "penalty": penalty.item(), "gradient_norm": norm.item()}  # smoothed: with label smoothing
         for name, term in terms.items():
             if not math.isfinite(term):
                 fail(f"step {step}: {name} is {term}; try a lower --lr. The last checkpoint, if any, remains")
@@ -352,11 +353,13 @@ def print_data(data, target, aux):
 def start(args, data, parent=None):
     """The State of a new run or, with --resume, of the interrupted one. Prepares the output folder."""
     torch.manual_seed(args.seed)
-    run, checkpoint = State(args, data, parent), Path(args.out_dir, "checkpoint.pt")
-    if args.resume and checkpoint.exists():
-        resume(run, checkpoint, args)
+    run, out = State(args, data, parent), Path(args.out_dir)
+    if args.resume and (out / "checkpoint.pt").exists():
+        resume(run, out / "checkpoint.pt", args)
+    elif args.resume and (out / "result.json").exists():
+        fail(f"the run in {out} is finished: without --resume it would be made again")
     elif rank_and_world()[0] == 0:
-        clear(Path(args.out_dir), args.resume)
+        clear(out, args.resume)
     return run
 
 
@@ -395,7 +398,7 @@ def dense_network(args, data):
 def inherit(net, parent):
     """Copy the parent's weights into a network of the same shape, word embeddings by name.
 
-    The target's classifier starts anew; the auxiliary one is the parent's, if it answers the same question.
+    The target's classifier starts anew; the auxiliary one is the parent's, if it has the same class names.
     """
     own = ("token.", "classifier.")  # what depends on vocabulary and labels
     state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
@@ -600,7 +603,9 @@ def accuracies(net, z, data, device):
 
 @torch.no_grad()
 def gate_numbers(run, gates, sizes):
-    """What history.jsonl says about gates. gates: None when none is at work; sizes: from model.unit_sizes."""
+    """What history.jsonl says about gates. gates: None when none is at work; the structure then stands for
+    their probabilities. sizes: from model.unit_sizes.
+    """
     prob = gates.prob_open() if gates else run.structure
     z = gates.deterministic() if gates else run.structure
     return {
@@ -639,7 +644,8 @@ def summary(run, args, data):
         "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in run.net.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
-        "data": data.record, "seed": args.seed, "notes": data.notes, "args": vars(args),
+        "data": data.record, "notes": data.notes, "seed": args.seed, "args": vars(args),
+        "setting": run.setting,
         "torch": torch.__version__, "commit": commit(), "seconds": run.seconds,
     }
 
@@ -682,7 +688,7 @@ def report(result):
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
     print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for up to 32 texts, "
-          f"{result['speedup']:.1f} times faster; the whole run took {result['seconds']:.0f} s")
+          f"{result['speedup']:.1f} times faster; training took {result['seconds']:.0f} s")
     print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
 
 
@@ -703,7 +709,7 @@ def series(args):
     for row in rows:
         seed, weight = row["args"]["seed"], row["args"]["aux_weight"]
         ours = {**vars(args), "seed": seed, "aux_weight": args.aux_weight if weight else 0.0}
-        must_match(setting(row["args"], row["data"]), setting(ours, record), path, "use another --out_dir")
+        must_match(row["setting"], setting(ours, record), path, "use another --out_dir")
         done[seed, weight] = row
     seeds = range(args.seed, args.seed + args.seeds)
     weights = [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]

@@ -39,7 +39,8 @@ def transferred(parameters, transfer):
     """What: the parameters that the auxiliary gradient may touch, by the value of --transfer.
 
     parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of them. The
-    auxiliary classifier always learns. To share only some layers, test the name here.
+    auxiliary classifier always learns (and counts in the norm by which the weights' gradient is clipped). To
+    share only some layers, test the name here.
     """
 
     def reached(name):
@@ -61,7 +62,8 @@ def couple(g_target, g_aux, coupling):
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
     both = [name for name in g_aux if name in g_target]
-    update = {**g_target, **g_aux, **{name: g_target[name] + g_aux[name] for name in both}}
+    update = {**g_target, **g_aux}
+    update |= {name: g_target[name] + g_aux[name] for name in both}
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
@@ -113,8 +115,8 @@ def review(rng, domain):
 
     def clause(positive):
         negated = rng.random() < 0.3
-        words = PRAISE if positive != negated else BLAME
-        opinion = rng.choice(words[domain if rng.random() < 0.15 else "shared"].split())
+        adjectives = PRAISE if positive != negated else BLAME
+        opinion = rng.choice(adjectives[domain if rng.random() < 0.15 else "shared"].split())
         verb = rng.choice(["was not", "wasn't", "was hardly"] if negated else ["was", "was very", "seemed"])
         return f"the {rng.choice(NOUNS[domain].split())} {verb} {opinion}"
 
@@ -126,14 +128,14 @@ def review(rng, domain):
     return text, "positive" if positive else "negative"
 
 
-def reviews(domain, sizes={"train": 6000, "validation": 500, "test": 2000}):
+def reviews(domain):
     """The built-in task: split name -> list of (text, label name), no sentence twice."""
-    rng, unique = random.Random(domain), {}
+    rng, unique, sizes = random.Random(domain), {}, {"train": 6000, "validation": 500, "test": 2000}
     while len(unique) < sum(sizes.values()):
         text, label = review(rng, domain)
         unique[text] = label
-    rows = iter(unique.items())
-    return {split: [next(rows) for _ in range(n)] for split, n in sizes.items()}
+    pairs = iter(unique.items())
+    return {split: [next(pairs) for _ in range(n)] for split, n in sizes.items()}
 
 
 # ----------------------------------------------------------------------------- any other task
@@ -175,15 +177,15 @@ def check_columns(file):
     """Raise InputError if a row of a CSV is wider than its header: the library may shift the whole row."""
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines)
-        width = len(next(rows, []))
-        for row in rows:
+        reader = csv.reader(lines)
+        width = len(next(reader, []))
+        for row in reader:
             if len(row) > width:
-                raise InputError(f"cannot load {file}, line {rows.line_num}: {len(row)} columns, but {width} in "
-                                 "the header; columns are parted by commas, texts with commas need quotes")
+                raise InputError(f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} "
+                                 "in the header; columns are parted by commas, texts with commas need quotes")
 
 
-def read(spec, kind, **options):
+def read(spec, loader, **options):
     """What `datasets.load_dataset` returns; it runs no code of a data set. Raises InputError."""
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
@@ -191,7 +193,7 @@ def read(spec, kind, **options):
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
     try:
-        return datasets.load_dataset(kind, **options)
+        return datasets.load_dataset(loader, **options)
     except Exception as error:  # the library raises dozens of types here, down to those of its file readers
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
@@ -213,13 +215,14 @@ def files_by_name(folder):
 
     Empty if there are none, or if a README.md lists them: then the library knows better. Raises InputError.
     """
-    files, readme = {}, Path(folder, "README.md")
+    files, made_of, readme = {}, {}, Path(folder, "README.md")
     if readme.exists() and "configs:" in readme.read_text(errors="replace"):
         return {}
     for file in sorted(map(Path, glob(f"{escape(folder)}/**/*", recursive=True))):  # finds nothing hidden
         if file.suffix.lower() in KINDS and file.is_file():
-            name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem).lower()
-            if name in files and name == file.stem.lower():
+            whole = file.with_name(re.sub(r"-\d{5}-of-", "-of-", file.name))  # the same for all its shards
+            name = re.sub(r"-of-\d{5}$", "", whole.stem).lower()
+            if made_of.setdefault(name, whole) != whole:
                 raise InputError(f"two files for one split: {files[name][0]} and {file}")
             files.setdefault(name, []).append(str(file))
     return files
@@ -255,7 +258,8 @@ def find_columns(table, source):
     """The text columns (a list) and the label column of a Dataset: as the user named them, else found.
 
     Found are "text" and "label". Without them, a column of strings is the text and one that can hold classes
-    is the label, if there is exactly one such pair: nothing is guessed. Raises InputError with all columns.
+    is the label, if there is exactly one such pair: nothing is guessed, and no column of which all values
+    differ is taken for a label. Raises InputError with all columns.
     """
     kinds = {column: getattr(f, "dtype", "nested or mixed") for column, f in table.features.items()}
     strings = [column for column in kinds if "string" in kinds[column]]
@@ -265,13 +269,13 @@ def find_columns(table, source):
     texts = [text] if text else [[column] for column in strings]
     labels = [label] if label else classes
     pairs = [(t, c) for t in texts for c in labels if c not in t and c in classes and set(t) <= set(strings)]
-    if len(pairs) == 1:
+    if len(pairs) == 1 and (label or len(set(table[pairs[0][1]][:])) < len(table)):
         return pairs[0]
     listed = []
     for column, kind in kinds.items():
         values = [str(value) for value in table[column][:]]
         listed.append(f"{column[:40]} ({kind}, {len(set(values))} different, first {values[0][:30]!r})")
-    reason = "more than one choice of" if pairs else "no"
+    reason = "more than one choice of" if len(pairs) > 1 else "no"
     flags = f"--{source.flag}text_columns and --{source.flag}label_column"
     line = f"""{reason} {text or 'text'} as strings and {label or 'label'} as classes in {source.spec}: name
         them with {flags}. Columns (of a CSV, parted by commas): {', '.join(listed)}"""
@@ -288,11 +292,11 @@ def class_name(value, names):
 
 
 def rows(table, text_columns, label_column):
-    """List of (text, class name or None) of a Dataset; a text is a tuple of strings."""
+    """List of (text, class name) of a Dataset, None where one is missing; a text is a tuple of strings."""
     names = getattr(table.features.get(label_column), "names", None)
     labels = table[label_column][:] if label_column in table.features else [None] * len(table)
     texts = zip(*(table[column][:] for column in text_columns))
-    texts = [tuple("" if part is None else str(part) for part in text) for text in texts]
+    texts = [None if None in text else tuple(str(part) for part in text) for text in texts]
     return [(text, class_name(label, names)) for text, label in zip(texts, labels)]
 
 
@@ -310,7 +314,7 @@ def open_splits(source, wanted):
     if not named["train"]:
         raise InputError(f"{source.spec} has no train split, only {', '.join(found)}: name one file train")
     opened, origin, unused = {}, {}, dict.fromkeys(found, "")
-    for split in wanted:
+    for split in wanted:  # train comes first: it decides the columns
         for name in named[split]:
             table, where = found[name], f"split {name} of {source.spec}"
             if isinstance(table, list):
@@ -320,12 +324,13 @@ def open_splits(source, wanted):
             elif not set(text_columns) <= set(table.features):
                 raise InputError(f"{where} has no column {', '.join(text_columns)}")
             pairs = rows(table, text_columns, label_column)
-            labels = [label for _, label in pairs]
+            texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
             if split != "train" and set(labels) <= {None, "-1"}:
                 unused[name] = " (no labels)"
                 continue
-            if None in labels:
-                raise InputError(f"row {labels.index(None) + 1} of {where} has no label")
+            for what, values in (("text", texts), ("label", labels)):
+                if None in values:
+                    raise InputError(f"row {values.index(None) + 1} of {where} has no {what}")
             opened[split], origin[split] = pairs, where
             del unused[name]
             break
@@ -343,15 +348,15 @@ class Examples(NamedTuple):
     tokens: np.ndarray  # word ids of all texts, one text after the other
     start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
     label: np.ndarray  # (N,) class ids
-    text: np.ndarray = None  # (N,) hashes of the whole texts: equal for equal texts
-    cut: np.ndarray = None  # (N,) 1 where a text was longer than max_length, else 0
+    text_hash: np.ndarray = None  # (N,) of the whole texts: equal for equal texts
+    cut: np.ndarray = None  # (N,) 1 where there were more than max_length words, else 0
 
     def take(self, keep):
         """The examples for which the boolean array keep (N,) is True."""
         length = np.diff(self.start)
         start = np.concatenate([[0], np.cumsum(length[keep])])
         tokens = self.tokens[np.repeat(keep, length)]
-        return Examples(tokens, start, self.label[keep], self.text[keep], self.cut[keep])
+        return Examples(tokens, start, self.label[keep], self.text_hash[keep], self.cut[keep])
 
     def batch(self, index, device="cpu"):
         """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
@@ -386,21 +391,21 @@ def tokenize(pairs, max_length, word_id, label_id):
 def fingerprint(examples, names):
     """A short hash of the texts and class names of Examples, whatever the order of their rows."""
     label = np.array([hash64(name) for name in names], dtype=np.uint64)[examples.label]
-    order = np.lexsort((label, examples.text))
-    return hashlib.sha256(np.stack([examples.text, label])[:, order].tobytes()).hexdigest()[:12]
+    order = np.lexsort((label, examples.text_hash))
+    return hashlib.sha256(np.stack([examples.text_hash, label])[:, order].tobytes()).hexdigest()[:12]
 
 
-def held_out(text):
+def held_out(text_hash):
     """Boolean mask (N,) of about a tenth of the rows, at most a fifth, by the hashes (N,) of their texts.
 
     Distinct texts in order of hash, duplicates together; a text with too many of them is passed over.
     """
     chosen, taken = [], 0
-    for value, count in zip(*np.unique(text, return_counts=True)):  # sorted by hash
-        if taken < len(text) / 10 and taken + count <= max(1, len(text) // 5):
+    for value, count in zip(*np.unique(text_hash, return_counts=True)):  # sorted
+        if taken < len(text_hash) / 10 and taken + count <= max(1, len(text_hash) // 5):
             chosen.append(value)
             taken += count
-    return np.isin(text, chosen)
+    return np.isin(text_hash, chosen)
 
 
 def complete(splits, origin, spec):
@@ -415,7 +420,7 @@ def complete(splits, origin, spec):
     for split in ("test", "validation"):
         if split not in splits:
             train, origin[split] = splits["train"], "a part of train"
-            keep = held_out(train.text)
+            keep = held_out(train.text_hash)
             if not keep.any() or keep.all():
                 raise InputError(f"too few different texts in {spec} to take a {split} split from them")
             splits[split], splits["train"] = train.take(keep), train.take(~keep)
@@ -439,7 +444,7 @@ def load_task(source, wanted, max_length, word_id):
     names = sorted({name for split in wanted for _, name in pairs.get(split, [])})
     label_id = {name: i for i, name in enumerate(names)}
     splits = {s: tokenize(pairs[s], max_length, word_id, label_id) for s in wanted if s in pairs}
-    if len(wanted) > 1:
+    if "test" in wanted:  # a target: it needs all splits
         notes += complete(splits, record["splits"], spec)
     if len(set(splits["train"].label)) < 2:
         raise InputError(f"a single class to train on in {spec}, which has {', '.join(names)[:60]}")
@@ -508,7 +513,7 @@ def data_notes(train, test, names):
     if absent := [name for name, n in zip(names, trained) if n == 0]:
         yield (f"{len(absent)} of {len(names)} classes have no training example, but "
                f"{tested[trained == 0].sum()} test texts: {', '.join(absent)[:60]}")
-    if again := np.isin(test.text, train.text).sum():
+    if again := np.isin(test.text_hash, train.text_hash).sum():
         yield f"{again} of the test texts also occur among the training examples"
     if (cut := train.cut.mean()) > 0.1:
         yield f"{cut:.0%} of the training texts are longer than max_length and were cut"
@@ -539,7 +544,8 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
     labels, record = {"target": names}, {"target": about | counts(splits, names)}
     if aux:
         part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)
-        leaks = np.isin(part["train"].text, np.concatenate([splits["validation"].text, splits["test"].text]))
+        held_out_texts = [splits[split].text_hash for split in ("validation", "test")]
+        leaks = np.isin(part["train"].text_hash, np.concatenate(held_out_texts))
         if leaks.all():
             raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
         notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]

@@ -343,6 +343,7 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     assert [float(p) for _, p in printed] == pytest.approx(best, abs=6e-4)
     line = [sys.executable, "model.py", tmp_path / "pruned.pt"]  # as a user types it
     assert subprocess.run(line, input=texts, capture_output=True).stdout.decode() == out
+    assert command(tmp_path / "pruned.pt", b"")[:2] == (0, "")  # no text, no label
     odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else
     assert command(tmp_path / "pruned.pt", odd.encode())[1].count("\n") == 2
     for path, texts, reason in (

@@ -189,6 +189,16 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
     assert code == 2 and "has target data " in error
 
 
+def test_a_finished_run_is_not_made_again_by_resuming_it(tmp_path):
+    """A batch script that always says --resume must not delete a result."""
+    flags = [*TINY, "--out_dir", tmp_path]
+    assert run_main(*flags)[0] == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    code, error = run_main(*flags, "--resume")
+    assert code == 2 and "is finished" in error
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     """The disk fills up while the third checkpoint is written."""
     real, calls = os.fsync, []

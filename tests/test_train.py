@@ -600,6 +600,19 @@ def test_a_series_on_other_data_is_refused_and_reused_rows_are_announced(tmp_pat
         loop.series(loop.parse_args(flags))
 
 
+def test_a_series_whose_parent_has_changed_is_refused(tmp_path, parent):
+    """Rows of two parents do not belong under one interval."""
+    path = tmp_path / "parent.pt"
+    path.write_bytes(parent.read_bytes())
+    flags = [*SHORT, "--init", str(path), "--seeds", "1", "--baseline", "--out_dir", str(tmp_path / "out")]
+    loop.series(loop.parse_args(flags))
+    net = loop.model.GatedTransformer.load(path)
+    torch.nn.init.ones_(net.norm.bias)
+    net.save(path)
+    with pytest.raises(InputError, match="has init file .*, not .*: use another --out_dir"):
+        loop.series(loop.parse_args([*flags, "--seeds", "2"]))
+
+
 # ---- real data
 
 

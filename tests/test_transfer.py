@@ -276,9 +276,8 @@ def test_neighbours_in_the_order_have_similar_lengths():
 
 def test_batches_can_go_from_easy_to_hard():
     """With a difficulty every epoch is sorted by it, equal ones in an order of their own in every epoch."""
-    examples = tokenize(
-        [(f"text {i}", "x") for i in range(60)], 64, {word: i for i, word in enumerate(SPECIAL)}, {}
-    )
+    word_id = {word: i for i, word in enumerate(SPECIAL)}
+    examples = tokenize([(f"text {i}", "x") for i in range(60)], 64, word_id, {"x": 0})
     difficulty = np.arange(60) % 6
     order = batch_order(examples, 10, 0, difficulty)
     epochs = [np.concatenate([order(step) for step in range(6 * e, 6 * e + 6)]) for e in (0, 1)]
@@ -288,7 +287,7 @@ def test_batches_can_go_from_easy_to_hard():
 
 
 def test_batches_are_padded_to_their_own_longest_text():
-    word_id, label_id = {word: i for i, word in enumerate(SPECIAL)}, {}
+    word_id, label_id = {word: i for i, word in enumerate(SPECIAL)}, {"x": 0, "y": 1}
     pairs = [("a b c d e", "x"), ("f", "y"), ("g h", "x")]
     ids, labels = tokenize(pairs, 64, word_id, label_id).batch(np.array([1, 2]))
     assert ids.tolist() == [[word_id["f"], PAD], [word_id["g"], word_id["h"]]] and labels.tolist() == [1, 0]
@@ -386,6 +385,8 @@ def test_labels_are_stripped_and_whole_numbers_are_classes(tmp_path):
         ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], "row 2 of .*train.jsonl has no label"),
         ([{"text": "a", "label": " "}, {"text": "b", "label": "x"}], "row 1 of .*train.jsonl has no label"),
         ([{"text": "a", "label": 1.0}, {"text": "b", "label": None}], "row 2 of .*train.jsonl has no label"),
+        ([{"text": "a", "label": "x"}, {"text": None, "label": "y"}], "row 2 of .*train.jsonl has no text"),
+        ([{"text": "a", "label": "x"}, {"label": "y"}], "row 2 of .*train.jsonl has no text"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "label .float64, 2 diff.*, first '0.5'"),
         ([{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}], "label .nested"),
         ([{"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}], "text .nested"),
@@ -466,6 +467,25 @@ def test_several_files_with_other_names_are_refused_and_a_single_one_is_train(tm
             load(folder)
 
 
+@pytest.mark.parametrize("other", ["de/train-00001-of-00002.csv", "en/train.csv", "en/train-00000-of-00001.csv"])
+def test_only_the_shards_of_one_file_are_one_split(tmp_path, other):
+    """Files of another folder, an unsharded one, or another number of shards: which is meant is not guessed."""
+    csv(tmp_path / "en" / "train-00000-of-00002.csv", "text,label", "a,0", "b,1")
+    csv(tmp_path / other, "text,label", "c,0", "d,1")
+    with pytest.raises(InputError, match="two files for one split"):
+        load(tmp_path)
+
+
+def test_numbers_of_rows_are_not_taken_for_classes_unless_they_are_named(tmp_path):
+    """The only column of integers, if all of them differ; a small integer that repeats is a class."""
+    path = csv(tmp_path / "mine.csv", "review,id", *(f"review {i},{i}" for i in range(20)))
+    with pytest.raises(InputError, match="no text as strings and label as classes.*20 different"):
+        load(path)
+    assert load(path, label_column="id")[2]["label_column"] == "id"
+    stars = csv(tmp_path / "stars.csv", "review,stars", *(f"review {i},{i % 5}" for i in range(20)))
+    assert load(stars)[2]["label_column"] == "stars"
+
+
 def test_files_in_folders_below_are_found_by_the_same_names(tmp_path):
     small_task(tmp_path / "data", train=30, dev=5, test=7)
     for hidden in (".test.jsonl", ".old/test.jsonl"):
@@ -497,7 +517,7 @@ def made_splits(rows, folder, max_length=64):
     """The texts, by their hashes, of the test and of the validation split that are made from train."""
     write(folder, "train.jsonl", rows)
     splits = load_task(Source(str(folder)), tuple(NAMES), max_length, {"<pad>": 0})[0]
-    return set(splits["test"].text.tolist()), set(splits["validation"].text.tolist())
+    return set(splits["test"].text_hash.tolist()), set(splits["validation"].text_hash.tolist())
 
 
 def test_splits_made_from_train_depend_on_the_texts_alone(tmp_path):
@@ -514,7 +534,7 @@ def test_equal_texts_stay_together_and_a_made_split_is_at_most_a_fifth(tmp_path)
     """Fifty texts, ten times each; then one text, the first in order of hashes, with 40 % of the rows."""
     write(tmp_path / "a", "train.jsonl", sentences(50) * 10)
     splits = load(tmp_path / "a")[0]
-    texts = [set(splits[split].text) for split in NAMES]
+    texts = [set(splits[split].text_hash) for split in NAMES]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 50 and min(map(len, texts)) >= 4
     hashes = np.array([1] * 40 + list(range(2, 62)))
     assert hashes[held_out(hashes)].tolist() == list(range(2, 12))
