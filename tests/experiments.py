@@ -455,6 +455,7 @@ def cuts_table(task):
     for window in ("until the cut", "goes on"):
         for steps in (1, 25, 100, 400, 800):
             lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
+    lines = [line for line in lines if line[-1] > 1]  # what has been run
     return table(["transfer", "fine-tuning steps", *KINDS, *DIFFERENCES], lines)
 
 

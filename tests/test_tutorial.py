@@ -63,7 +63,7 @@ def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
     seconds = {}
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}})
     client.on_cell_start = lambda cell, cell_index: seconds.update({cell_index: -time.time()})
-    client.on_cell_complete = lambda cell, cell_index: seconds.update(
+    client.on_cell_executed = lambda cell, cell_index, execute_reply: seconds.update(
         {cell_index: seconds[cell_index] + time.time()}
     )
     client.execute()
