@@ -188,8 +188,10 @@ def test_sequential_transfer_is_two_windows_that_do_not_overlap(tmp_path):
 def test_only_weight_matrices_are_decayed(tmp_path):
     args = loop.parse_args([*SHORT, "--out_dir", str(tmp_path)])
     run = loop.start(args, loop.load(args))
-    decayed = {id(p) for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == {id(p) for p in run.net.parameters() if p.dim() >= 2}
+    for _ in ("dense", "after the cut"):
+        decayed = {id(p) for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        assert decayed == {id(p) for p in run.net.parameters() if p.dim() >= 2}
+        loop.cut_out(run, run.structure, args.weight_decay)
     held = [
         p
         for optimizer in (run.optimizer, run.gate_optimizer)

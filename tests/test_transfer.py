@@ -229,6 +229,18 @@ def test_the_words_of_the_target_come_before_all_of_the_auxiliary_task(tmp_path)
     assert small.vocab == [*alone.vocab, "often"] and small.record["unknown"]["train"] == 0
 
 
+def test_marks_and_a_parents_words_take_no_place_of_the_targets_words(tmp_path):
+    """<sep> and <unk> occur in texts, but are counted once; a parent's words all stay, whatever vocab_size."""
+    lines = [f"same {i % 3},{'other' if i % 2 else ''} ,{i % 2}" for i in range(40)]
+    path = csv(tmp_path / "pairs.csv", "a,b,label", *lines)
+    settings = {"n_target": 0, "max_length": 9, "vocab_size": 6, "seed": 0}
+    read = prepare(Source(str(path), ["a", "b"], "label"), None, **settings)
+    assert len(read.vocab) == 6 and {"same", "other"} <= set(read.vocab)
+    parent = [f"word{i}" for i in range(20)]
+    read = prepare(Source(str(path), ["a", "b"], "label"), None, **settings, parent_words=parent)
+    assert read.vocab == [*SPECIAL, *read.vocab[3:6], *parent] and "same" in read.vocab[3:6]
+
+
 # ---- order and batches
 
 
@@ -420,10 +432,10 @@ def test_a_validation_split_has_several_names(tmp_path, name):
 
 
 def test_exact_names_come_first_and_the_rest_is_named_as_unused(tmp_path):
-    task = small_task(tmp_path, dev=3, validation_matched=4, validation=5, extra=6, test=7, train=30)
+    task = small_task(tmp_path, dev=3, valid_a=4, validation=5, extra=6, test=7, train=30)
     sizes, origin, notes = sizes_and_origin(task)
     assert sizes == {"train": 30, "validation": 5, "test": 7}
-    assert notes == [f"not used of {task}: dev, extra, validation_matched"]
+    assert notes == [f"not used of {task}: dev, extra, valid_a"]
 
 
 def test_a_split_without_labels_hides_none_with_labels(tmp_path):
