@@ -464,7 +464,7 @@ def sparsity_table():
     for start in ("scratch", "parent", "8x8 scratch", "8x8 parent"):
         for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
             cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
-            if cells[-1] > 1:
+            if cells[-1] == len(SEEDS):
                 lines.append([start, cut, *cells])
     return table(["start", "sparsity", *KINDS, *DIFFERENCES], lines)
 
@@ -545,9 +545,9 @@ def tables():
     path = RESULTS / "README.md"
     text = path.read_text()
     for name, part in parts.items():
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, _, after = rest.partition("<!-- end -->")
-        text = f"{before}<!-- {name} -->\n{part}<!-- end -->{after}"
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        if mark:
+            text = f"{before}{mark}{part}<!-- end -->{rest.partition('<!-- end -->')[2]}"
     path.write_text(text)
 
 
