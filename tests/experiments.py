@@ -499,6 +499,17 @@ def real_table():
     return table([*head, "gain in macro-F1", "n"], lines)
 
 
+def before_table():
+    """What the data handling of today changed: rows of today minus rows of before, paired by seed."""
+    lines = []
+    for setting in REAL:
+        keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
+        changes = [paired(column("real", setting, key), column("before", setting, key)) for key in keys]
+        if changes[0]:
+            lines.append([setting, *(shown(change, "+.1f") for change in changes), len(changes[0])])
+    return table(["pair: transfer", "validation, points", "test, points", "macro-F1, points", "n"], lines)
+
+
 def yardstick_table():
     """Accuracy of the yardsticks beside ours (what validation data choose) on the same labels and seeds."""
     lines = []
@@ -539,6 +550,7 @@ def tables():
         "sparsity": sparsity_table(),
         "parent": parent_table(),
         "real": real_table(),
+        "before": before_table(),
         "yardstick": yardstick_table(),
         "commits": commits(),
     }
