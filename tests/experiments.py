@@ -238,7 +238,7 @@ def run(part=0, parts=1, *files):
             group = setting.split(",")[0] if file in ("cuts", "sparsity") else setting
             units.setdefault(group, []).append((setting, flags))
         seeds = (0,) if file == "shapes" else SEEDS
-        units = [(seed, unit) for unit in units.values() for seed in seeds]
+        units = [(seed, unit) for seed in seeds for unit in units.values()]
         for seed, unit in units[int(part) :: int(parts)]:
             shared.kept.clear()
             for setting, flags in unit:
@@ -400,12 +400,12 @@ def difference(name, setting, baseline, key="test_accuracy"):
 
 
 def shown(values, form=".1f"):
-    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval if all agree."""
+    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval for two."""
     values = list(values.values() if isinstance(values, dict) else values)
     if len(values) < 2:
         return "-"
     mean, _, half = loop.interval(values)
-    if half == 0:
+    if half == 0 or len(values) == 2:
         return f"{mean:{form}}"
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
@@ -459,14 +459,28 @@ def cuts_table(task):
     return table(["transfer", "fine-tuning steps", *KINDS, *DIFFERENCES], lines)
 
 
+def same_shape(setting, other):
+    """In how many seeds two settings keep as many heads, and the same feed-forward sublayers, in each layer."""
+    shapes = [
+        {row["seed"]: ([sum(heads) for heads in row["heads_kept"]], row["ffn_kept"])
+         for row in rows("sparsity") if row["setting"] == name}
+        for name in (setting, other)
+    ]
+    return sum(shapes[0][seed] == shapes[1].get(seed) for seed in shapes[0])
+
+
 def sparsity_table():
     lines = []
     for start in ("scratch", "parent", "8x8 scratch", "8x8 parent"):
         for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
             cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
-            if cells[-1] == len(SEEDS):
-                lines.append([start, cut, *cells])
-    return table(["start", "sparsity", *KINDS, *DIFFERENCES], lines)
+            if cells[-1] > 1:
+                name = f"{start}, {cut}"
+                delivered = statistics.mean(column("sparsity", f"{name}, learned", "delivered_sparsity").values())
+                same = same_shape(f"{name}, learned", f"{name}, bottom")
+                lines.append([start, cut, f"{delivered / 100:.3f}", f"{same} of {cells[-1]}", *cells])
+    head = ["start", "requested sparsity", "delivered", "learned has bottom's shape"]
+    return table([*head, *KINDS, *DIFFERENCES], lines)
 
 
 def parent_table():
