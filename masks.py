@@ -7,15 +7,16 @@ schedule (an augmented Lagrangian, as in Wang et al. 2020 and Xia et al. 2022, C
 global choice turns the probabilities into a structure.
 
 This file needs nothing but torch: copy it into your own project. These lines gate any stack of n_layer
-layers with n_head heads of d_head channels; here `network` is a torch.nn.TransformerEncoder, batches() and
-loss_of() are yours, and head_size and ffn_size count the parameters of a head and of a feed-forward sublayer:
+layers with n_head heads of d_head channels. Here `network` is a torch.nn.TransformerEncoder with bias=False
+and norm_first=True, batches() and loss_of() are yours, and head_size and ffn_size count the parameters of a
+head and of a feed-forward sublayer:
 
     gates, controller = Gates(n_layer, n_head), Controller(gate_lr=0.05)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     gate_optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05, betas=(0.5, 0.9))
     for step, (x, y) in enumerate(batches()):
         z, gated = gates.sample(), dict(network.named_parameters())
-        for i in range(n_layer):  # everything behind a gate is multiplied by it, biases included
+        for i in range(n_layer):  # the weights that read a gated unit are multiplied by its gate
             heads = z.head[i].repeat_interleave(d_head)  # a gate for each column that reads its head
             for name, gate in (("self_attn.out_proj.weight", heads), ("linear2.weight", z.ffn[i])):
                 gated[f"layers.{i}.{name}"] = gated[f"layers.{i}.{name}"] * gate
@@ -30,8 +31,11 @@ loss_of() are yours, and head_size and ffn_size count the parameters of a head a
         controller.ascend(gap)
     structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # zeros and ones: cut, then fine-tune
 
-The encoder above has no biases (bias=False). A bias behind a gate has to be gated too, or a closed unit still
-contributes: linear2.bias by z.ffn[i]; the bias of an output projection belongs to no head, so leave it out.
+A bias behind a gate has to be gated too, or a closed unit still contributes: linear2.bias by z.ffn[i]; the
+bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is the
+identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay. Evaluate with
+gates.deterministic() while you prune. The steps after the ramp have to last about (INIT + LIMIT) / lr, with the
+lr of the gates, for them to settle. `extract` in model.py shows how units are cut out of the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
 (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -121,8 +125,10 @@ def sparsity_at(step, sparsity, prune_start, prune_ramp):
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
+# Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this file; they go with
+# a loss in nats. With a loss of another scale, scale SPRING and ASCENT alike.
 SPRING = 200.0  # pulls the expected sparsity to its target at once
-ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: it is as fast as the gates, not faster
+ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one makes the sparsity swing
 LAG = 0.02  # a larger gap counts as this much in the ascent
 
 
@@ -162,7 +168,8 @@ def select(prob, sparsity, head_size, ffn_size):
 
     prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the requested one,
     and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
-    layer by layer, cannot miss the budget.
+    layer by layer, cannot miss the budget: it also keeps improbable units, if there is room, and of equally
+    probable ones those of the lower layer.
 
     A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and
     may drop all of them at once. Therefore the most probable one comes first, provided that it leaves room
