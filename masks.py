@@ -32,10 +32,10 @@ head and of a feed-forward sublayer:
     structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # zeros and ones: cut, then fine-tune
 
 A bias behind a gate has to be gated too, or a closed unit still contributes: linear2.bias by z.ffn[i]; the
-bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is the
-identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay. Evaluate with
-gates.deterministic() while you prune. The steps after the ramp have to last about (INIT + LIMIT) / lr, with the
-lr of the gates, for them to settle. `extract` in model.py shows how units are cut out of the weights.
+bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is
+the identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay, and
+evaluate with gates.deterministic() while you prune. After the ramp gates need about (INIT + LIMIT) / lr more
+steps to settle, with their own lr. `extract` in model.py shows how units are cut out of the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
 (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -125,10 +125,10 @@ def sparsity_at(step, sparsity, prune_start, prune_ramp):
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
-# Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this file; they go with
-# a loss in nats. With a loss of another scale, scale SPRING and ASCENT alike.
+# Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this file. They go
+# with a loss in nats: with a loss of another scale, scale SPRING and ASCENT alike.
 SPRING = 200.0  # pulls the expected sparsity to its target at once
-ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one makes the sparsity swing
+ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one overshoots
 LAG = 0.02  # a larger gap counts as this much in the ascent
 
 
