@@ -13,6 +13,7 @@ Read `train` first; what it calls stands below it, in the order of the calls.
 """
 
 import argparse
+import atexit
 import hashlib
 import io
 import itertools
@@ -784,6 +785,7 @@ def main():
             if args.device.startswith("cuda"):
                 torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         else:
             signal.signal(signal.SIGINT, catch)
             signal.signal(signal.SIGTERM, catch)
