@@ -161,7 +161,7 @@ def must_match(found, wanted, what, advice):
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
 ROW = ("step {step:5d}  {phase:8}  sparsity {expected_sparsity:.3f}  loss {smoothed_loss_target:.3f}  "
-       "validation accuracy {validation_accuracy:.3f}")  # the line of an evaluation without a progress bar
+       "validation accuracy {validation_accuracy:.3f}")  # what an evaluation prints where there is no bar
 CAUGHT = []  # signals that asked the process to stop; the loop ends between two steps
 
 
@@ -244,7 +244,7 @@ def train(args):
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
             write_rows(out / "history.jsonl", run.history)
-            if bar.disable:  # by itself where there is no terminal
+            if bar.disable:  # None above lets tqdm decide: no bar without a terminal
                 print(ROW.format(**row), flush=True)
             score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > run.best_score:
@@ -576,14 +576,12 @@ def evaluate(net, examples, z, device):
     C = logits.shape[1]
     confusion = torch.bincount(labels * C + logits.argmax(1), minlength=C * C).view(C, C).double()
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    f1 = 2 * hits / (true + predicted)  # nan for a class that neither occurs nor is predicted
+    per_class = {"precision": hits / predicted, "recall": hits / true, "f1": 2 * hits / (true + predicted)}
     return {
         "accuracy": (hits.sum() / true.sum()).item(),
-        "macro_f1": f1.nanmean().item(),
+        "macro_f1": per_class["f1"].nanmean().item(),  # nan: a class that neither occurs nor is predicted
         "loss": F.cross_entropy(logits, labels).item(),
-        "precision": (hits / predicted).nan_to_num(0).tolist(),
-        "recall": (hits / true).nan_to_num(0).tolist(),
-        "f1": f1.nan_to_num(0).tolist(),
+        **{name: score.nan_to_num(0).tolist() for name, score in per_class.items()},
         "confusion": confusion.long().tolist(),
     }
 
@@ -657,9 +655,8 @@ def wilson(share, n):
 
 def report(result):
     """Print what a reader of result.json would look for first."""
-    print("test accuracy {test_accuracy:.3f}, 95 % interval [{test_interval[0]:.3f}, "
-          "{test_interval[1]:.3f}]   macro-F1 {test_macro_f1:.3f}   "
-          "validation accuracy {validation_accuracy:.3f}\n"
+    print("test accuracy {test_accuracy:.3f}, 95 % interval [{test_interval[0]:.3f}, {test_interval[1]:.3f}]"
+          "   macro-F1 {test_macro_f1:.3f}   validation accuracy {validation_accuracy:.3f}\n"
           "(majority-class baseline: {test_majority:.3f})\n"
           "sparsity delivered {delivered_sparsity:.3f}, requested {target_sparsity:.3f}; "
           "{params_pruned:,} of {params_dense:,} parameters left".format(**result))
@@ -711,28 +708,27 @@ def interval(values):
     return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5
 
 
-def gains(results, split):
-    """Accuracy with transfer minus accuracy without, in points, paired by seed."""
+def in_points(results, split):
+    """Accuracies in points: name of a setting -> list; of two also what transfer adds, paired by seed."""
     key = f"{split}_accuracy"
-    return [100 * (row[key] - alone[key]) for row, alone in zip(*results.values())]
+    found = {f"aux_weight {weight:g}": [100 * row[key] for row in rows] for weight, rows in results.items()}
+    if len(results) == 2:
+        found["gain, paired by seed"] = [100 * (a[key] - b[key]) for a, b in zip(*results.values())]
+    return found
 
 
 def chosen_weight(results):
     """The aux_weight that validation data choose: with transfer if the interval of its gain lies above 0 (for
     one seed, its gain); test data have no say.
     """
-    mean, _, half = interval(gains(results, "validation"))
+    mean, _, half = interval(in_points(results, "validation")["gain, paired by seed"])
     return max(results) if mean > (0 if math.isnan(half) else half) else 0.0
 
 
 def report_series(results):
     """Print means, deviations and intervals on both splits, and the network that validation data choose."""
     for split in ("validation", "test"):
-        lines = {f"aux_weight {weight:g}": [100 * row[f"{split}_accuracy"] for row in rows]
-                 for weight, rows in results.items()}
-        if len(results) == 2:
-            lines["gain, paired by seed"] = gains(results, split)
-        for name, values in lines.items():
+        for name, values in in_points(results, split).items():
             mean, deviation, half = interval(values)
             spread = (f", standard deviation {deviation:.1f}, 95 % interval [{mean - half:.1f}, "
                       f"{mean + half:.1f}], n = {len(values)}")
