@@ -449,7 +449,7 @@ def resume(run, path, args):
 
 
 def cut_out(run, structure, weight_decay):
-    """Cut the units that `structure`, a Z of zeros and ones, closes out of the network of a State."""
+    """Cut the units that a structure (head, ffn) of zeros and ones closes out of the network of a State."""
     run.structure = masks.Z(*(part.to(run.gates.log_alpha.device) for part in structure))
     run.net = model.extract(run.net, run.structure)
     run.optimizer = weight_optimizer(run.net, weight_decay)  # Adam's averages had the old shapes
