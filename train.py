@@ -13,6 +13,7 @@ Read `train` first; what it calls stands below it, in the order of the calls.
 """
 
 import argparse
+import atexit
 import hashlib
 import io
 import itertools
@@ -142,8 +143,8 @@ def check_pruning(args):
         fail(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
-    follow = max(args.prune_ramp, 2 * closing)  # the ramp, or what gates at half that speed take to follow it
-    needed = math.ceil(follow + closing)  # and one more closing, for the multiplier to settle
+    # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier to settle
+    needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     if args.structure == "learned" and needed > available:
         fail(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} steps "
              f"between prune_start and fine-tuning, not {available}")
@@ -159,6 +160,8 @@ def must_match(found, wanted, what, advice):
 # ----------------------------------------------------------------------------- the run
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split
+ROW = ("step {step:5d}  {phase:8}  sparsity {expected_sparsity:.3f}  loss {smoothed_loss_target:.3f}  "
+       "validation accuracy {validation_accuracy:.3f}")  # what an evaluation prints where there is no bar
 CAUGHT = []  # signals that asked the process to stop; the loop ends between two steps
 
 
@@ -181,39 +184,39 @@ def train(args):
     target = Task("target", data.train, args.batch_size, args.seed)
     auxiliary = Task("auxiliary", data.aux, args.batch_size, args.seed) if data.aux else None
     writes = rank_and_world()[0] == 0  # of several processes, one writes
-    shows = writes and sys.stderr.isatty()
-    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=not shows)
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, disable=not writes or None)
 
     # ---- the loop
     for step in bar:
-        phase = phase_at(step, prune_start, finetune_start)
+        phase = "dense" if step < prune_start else "prune" if step < finetune_start else "finetune"
         gates = run.gates if phase == "prune" else None  # the gates that are at work
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
+            before = accuracies(run.net, run.gates.deterministic(), data, args.device)
             structure = given or masks.select(run.gates.prob_open(), args.sparsity, *sizes)
-            z = run.gates.deterministic()
-            run.cut = {"accuracy_before_cut": accuracies(run.net, z, data, args.device)}
             cut_out(run, structure, args.weight_decay)
-            run.cut["accuracy_after_cut"] = accuracies(run.net, None, data, args.device)
+            after = accuracies(run.net, None, data, args.device)
+            run.cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
         for group in run.optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
-        # what is minimised: the target's loss, the weighted auxiliary loss, the controller's penalty
+        # when and what is transferred; what is minimised: the penalty, the target's loss, the auxiliary loss
+        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
         aux_weight = transfer.aux_weight_at(step, args.aux_weight, args.transfer_start, args.transfer_stop)
-        loss_target = loss_aux = penalty = torch.zeros(())
+        shared = transfer.transferred(parameters, args.transfer)
+        penalty = loss_target = loss_aux = torch.zeros(())
         target_sparsity = args.sparsity if phase == "finetune" else 0.0
-        if step >= args.target_start:
-            loss_target = task_loss(run.net, gates, target, step, args)
-        if auxiliary and aux_weight:
-            loss_aux = task_loss(run.net, gates, auxiliary, step, args)
         if gates:
             target_sparsity = masks.sparsity_at(step, args.sparsity, prune_start, args.prune_ramp)
             gap = masks.sparsity(gates.prob_open(), *sizes) - target_sparsity
             penalty = run.controller.penalty(gap)
+        if step >= args.target_start:
+            loss_target = task_loss(run.net, gates, target, step, args)
+        if auxiliary and aux_weight:
+            loss_aux = task_loss(run.net, gates, auxiliary, step, args)
 
-        # the two tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
-        parameters = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
+        # how: the tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
         g_target = gradients(loss_target, parameters)
-        g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
+        g_aux = gradients(aux_weight * loss_aux, shared)
         g_penalty = gradients(penalty, parameters)
         update = transfer.couple(g_target, g_aux, args.coupling)
         update = transfer.couple(update, g_penalty, "sum")
@@ -241,8 +244,8 @@ def train(args):
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
             write_rows(out / "history.jsonl", run.history)
-            if not shows:
-                print_row(row)
+            if bar.disable:  # None above lets tqdm decide: no bar without a terminal
+                print(ROW.format(**row), flush=True)
             score = scores["accuracy"], -scores["loss"]  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > run.best_score:
                 run.best_score = score
@@ -277,8 +280,7 @@ def given_structure(args):
         prob = masks.Z(height.view(L, 1).expand(L, H), height)
     else:
         return read_structure(args)
-    kept = masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, H))
-    return masks.Z(kept.head.to(args.device), kept.ffn.to(args.device))
+    return masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, H))
 
 
 def read_structure(args):
@@ -287,8 +289,8 @@ def read_structure(args):
     """
     try:
         result = json.loads(Path(args.structure).read_text())
-        ffn = torch.tensor(result["ffn_kept"], device=args.device).float()  # (L,)
-        head = torch.tensor(result["heads_kept"], device=args.device).float().view(len(ffn), -1)  # (L, H)
+        ffn = torch.tensor(result["ffn_kept"]).float()  # (L,)
+        head = torch.tensor(result["heads_kept"]).float().view(len(ffn), -1)  # (L, H)
         its = {"n_layer": len(ffn), "n_head": head.shape[1], "sparsity": result["target_sparsity"]}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
@@ -322,8 +324,7 @@ def load(args, parent=None):
                             max_length=args.max_length, vocab_size=args.vocab_size, seed=args.seed,
                             parent_words=parent.vocab if parent else [])
     if args.aux_shuffle and data.aux:
-        shuffled = np.random.default_rng(args.seed).permutation(data.aux.label)
-        data = data._replace(aux=data.aux._replace(label=shuffled))
+        np.random.default_rng(args.seed).shuffle(data.aux.label)
     if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
         data.notes.append("no transfer: it starts after it stops, or after the last step")
     if rank_and_world()[0] == 0:
@@ -343,9 +344,8 @@ def print_data(data, target, aux):
                     print(f"  {split}: {origin}")
             names = ", ".join(about["labels"])
             print(f"  {len(about['labels'])} classes: {names if len(names) < 70 else names[:66] + ' ...'}")
-    unknown = data.record["unknown"]
-    print(f"{len(data.vocab)} known words; unknown are {unknown['train']:.1%} of the words in training, "
-          f"{unknown['test']:.1%} in test")
+    print("{} known words; unknown are {train:.1%} of the words in training, {test:.1%} in test".format(
+          len(data.vocab), **data.record["unknown"]))
     for note in data.notes:
         print(f"note: {note}")
 
@@ -437,7 +437,7 @@ def resume(run, path, args):
     """Bring a new State to where the interrupted run stopped. Raises InputError if that was another run."""
     try:
         saved = torch.load(path, map_location=args.device, weights_only=True)
-        before, structure = saved.pop("setting"), masks.Z(*saved.pop("structure"))
+        before, structure = saved.pop("setting"), saved.pop("structure")
     except Exception:  # whatever a truncated or foreign file provokes
         fail(f"{path} is not a complete checkpoint of this program: delete it, or run without --resume")
     must_match(before, run.setting, path, "use the same, or run without --resume")
@@ -449,9 +449,9 @@ def resume(run, path, args):
 
 
 def cut_out(run, structure, weight_decay):
-    """Cut the units that `structure`, a Z of zeros and ones, closes out of the network of a State."""
-    run.structure = structure
-    run.net = model.extract(run.net, structure)
+    """Cut the units that a structure (head, ffn) of zeros and ones closes out of the network of a State."""
+    run.structure = masks.Z(*(part.to(run.gates.log_alpha.device) for part in structure))
+    run.net = model.extract(run.net, run.structure)
     run.optimizer = weight_optimizer(run.net, weight_decay)  # Adam's averages had the old shapes
 
 
@@ -509,13 +509,6 @@ class Task:
         self.order = transfer.batch_order(examples, batch_size, noise_seed(seed, name, 0))
 
 
-def phase_at(step, prune_start, finetune_start):
-    """Name of the phase of a run that `step` belongs to: "dense", "prune" or "finetune"."""
-    if step >= finetune_start:
-        return "finetune"
-    return "prune" if step >= prune_start else "dense"
-
-
 def lr_at(step, lr, finetune_start, steps):
     """Learning rate of the weights: linear warm-up, constant, linear to zero while fine-tuning."""
     return lr * min((step + 1) / WARMUP, 1, (steps - step) / (steps - finetune_start))
@@ -539,9 +532,9 @@ def task_loss(net, gates, task, step, args):
     rank, world = rank_and_world()
     share = slice(rank, None, world)
     generator = torch.Generator(args.device).manual_seed(noise_seed(args.seed, task.name, step))
+    ids, labels = task.examples.batch(task.order(step)[share], args.device)
     z = gates.sample(generator) if gates else None
     drop = model.dropout_noise(net, args.batch_size, args.dropout, generator, share)
-    ids, labels = task.examples.batch(task.order(step)[share], args.device)
     return F.cross_entropy(net(ids, task.name, z, drop), labels, label_smoothing=args.label_smoothing)
 
 
@@ -583,14 +576,12 @@ def evaluate(net, examples, z, device):
     C = logits.shape[1]
     confusion = torch.bincount(labels * C + logits.argmax(1), minlength=C * C).view(C, C).double()
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    f1 = 2 * hits / (true + predicted)  # nan for a class that neither occurs nor is predicted
+    per_class = {"precision": hits / predicted, "recall": hits / true, "f1": 2 * hits / (true + predicted)}
     return {
         "accuracy": (hits.sum() / true.sum()).item(),
-        "macro_f1": f1.nanmean().item(),
+        "macro_f1": per_class["f1"].nanmean().item(),  # nan: a class that neither occurs nor is predicted
         "loss": F.cross_entropy(logits, labels).item(),
-        "precision": (hits / predicted).nan_to_num(0).tolist(),
-        "recall": (hits / true).nan_to_num(0).tolist(),
-        "f1": f1.nan_to_num(0).tolist(),
+        **{name: score.nan_to_num(0).tolist() for name, score in per_class.items()},
         "confusion": confusion.long().tolist(),
     }
 
@@ -601,7 +592,6 @@ def accuracies(net, z, data, device):
     return {name: evaluate(net, examples, z, device)["accuracy"] for name, examples in splits.items()}
 
 
-@torch.no_grad()
 def gate_numbers(run, gates, sizes):
     """What history.jsonl says about gates. gates: None when none is at work; the structure then stands for
     their probabilities. sizes: from model.unit_sizes.
@@ -625,19 +615,17 @@ def latency_ms(nets, ids, repeats=50):
 
 def summary(run, args, data):
     """What result.json says about the finished network."""
-    dense = dense_network(args, data)
-    sample = data.test.batch(np.arange(min(32, len(data.test.label))), args.device)[0]
-    slow, fast = latency_ms([dense, run.net], sample)
+    dense, n = dense_network(args, data), len(data.test.label)
+    scores = evaluate(run.net, data.test, None, args.device)
+    slow, fast = latency_ms([dense, run.net], data.test.batch(np.arange(min(32, n)), args.device)[0])
     learned = args.sparsity and args.structure == "learned"
     prob = run.gates.prob_open() if learned else run.structure
-    sizes = model.unit_sizes(args.d_model, args.n_head)
-    scores, n = evaluate(run.net, data.test, None, args.device), len(data.test.label)
     return {
         **{f"test_{name}": score for name, score in scores.items()},
         "test_interval": wilson(scores["accuracy"], n), "label_order": data.labels["target"],
         "test_majority": np.bincount(data.test.label).max() / n,
         "validation_accuracy": run.best_score[0], **run.cut, "target_sparsity": args.sparsity,
-        "expected_sparsity": masks.sparsity(prob, *sizes).item(),
+        "expected_sparsity": masks.sparsity(prob, *model.unit_sizes(args.d_model, args.n_head)).item(),
         "delivered_sparsity": 1 - model.prunable(run.net) / model.prunable(dense),
         "heads_kept": run.structure.head.int().tolist(), "ffn_kept": run.structure.ffn.int().tolist(),
         "prob_open": {name: p.tolist() for name, p in prob._asdict().items()},
@@ -645,8 +633,7 @@ def summary(run, args, data):
         "params_pruned": sum(p.numel() for p in run.net.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
         "data": data.record, "notes": data.notes, "seed": args.seed, "args": vars(args),
-        "setting": run.setting,
-        "torch": torch.__version__, "commit": commit(), "seconds": run.seconds,
+        "setting": run.setting, "torch": torch.__version__, "commit": commit(), "seconds": run.seconds,
     }
 
 
@@ -666,30 +653,21 @@ def wilson(share, n):
     return (centre - half) / (1 + z2), (centre + half) / (1 + z2)
 
 
-def print_row(row):
-    """A line for an evaluation, where no progress bar shows it. row: of history.jsonl."""
-    print(f"step {row['step']:5d}  {row['phase']:8}  sparsity {row['expected_sparsity']:.3f}  "
-          f"loss {row['smoothed_loss_target']:.3f}  validation accuracy {row['validation_accuracy']:.3f}",
-          flush=True)
-
-
 def report(result):
     """Print what a reader of result.json would look for first."""
-    low, high = result["test_interval"]
-    print(f"test accuracy {result['test_accuracy']:.3f}, 95 % interval [{low:.3f}, {high:.3f}]   macro-F1 "
-          f"{result['test_macro_f1']:.3f}   validation accuracy {result['validation_accuracy']:.3f}")
-    print(f"(majority-class baseline: {result['test_majority']:.3f})")
-    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested "
-          f"{result['target_sparsity']:.3f}; {result['params_pruned']:,} of {result['params_dense']:,} "
-          f"parameters left")
+    print("test accuracy {test_accuracy:.3f}, 95 % interval [{test_interval[0]:.3f}, {test_interval[1]:.3f}]"
+          "   macro-F1 {test_macro_f1:.3f}   validation accuracy {validation_accuracy:.3f}\n"
+          "(majority-class baseline: {test_majority:.3f})\n"
+          "sparsity delivered {delivered_sparsity:.3f}, requested {target_sparsity:.3f}; "
+          "{params_pruned:,} of {params_dense:,} parameters left".format(**result))
     if "accuracy_before_cut" in result:
-        print(f"test accuracy before the cut {result['accuracy_before_cut']['test']:.3f}, right after it "
-              f"{result['accuracy_after_cut']['test']:.3f}")
+        print("test accuracy before the cut {accuracy_before_cut[test]:.3f}, right after it "
+              "{accuracy_after_cut[test]:.3f}".format(**result))
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for up to 32 texts, "
-          f"{result['speedup']:.1f} times faster; training took {result['seconds']:.0f} s")
-    print(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
+    print("{latency_dense_ms:.2f} ms -> {latency_pruned_ms:.2f} ms for up to 32 texts, "
+          "{speedup:.1f} times faster; training took {seconds:.0f} s\n"
+          "wrote result.json, history.jsonl and pruned.pt to {args[out_dir]}/".format(**result))
 
 
 # ----------------------------------------------------------------------------- several seeds
@@ -704,13 +682,11 @@ def series(args):
     check(args)
     path = Path(args.out_dir, "results.jsonl")
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    done = {(row["args"]["seed"], row["args"]["aux_weight"]): row for row in rows}
     record = load(args, read_parent(args)).record if rows else None
-    done = {}
-    for row in rows:
-        seed, weight = row["args"]["seed"], row["args"]["aux_weight"]
+    for (seed, weight), row in done.items():
         ours = {**vars(args), "seed": seed, "aux_weight": args.aux_weight if weight else 0.0}
         must_match(row["setting"], setting(ours, record), path, "use another --out_dir")
-        done[seed, weight] = row
     seeds = range(args.seed, args.seed + args.seeds)
     weights = [args.aux_weight, 0.0] if args.baseline else [args.aux_weight]
     for seed, weight in itertools.product(seeds, weights):
@@ -732,38 +708,36 @@ def interval(values):
     return statistics.mean(values), deviation, t * deviation / len(values) ** 0.5
 
 
-def gains(results, split):
-    """Accuracy with transfer minus accuracy without, in points, paired by seed; [] without --baseline."""
-    pairs = zip(*results.values()) if len(results) == 2 else []
-    return [100 * (row[f"{split}_accuracy"] - alone[f"{split}_accuracy"]) for row, alone in pairs]
+def in_points(results, split):
+    """Accuracies in points: name of a setting -> list; of two also what transfer adds, paired by seed."""
+    key = f"{split}_accuracy"
+    found = {f"aux_weight {weight:g}": [100 * row[key] for row in rows] for weight, rows in results.items()}
+    if len(results) == 2:
+        found["gain, paired by seed"] = [100 * (a[key] - b[key]) for a, b in zip(*results.values())]
+    return found
 
 
 def chosen_weight(results):
     """The aux_weight that validation data choose: with transfer if the interval of its gain lies above 0 (for
     one seed, its gain); test data have no say.
     """
-    weight = next(iter(results))
-    if len(results) == 1:
-        return weight
-    mean, _, half = interval(gains(results, "validation"))
-    return weight if mean > (0 if math.isnan(half) else half) else 0.0
+    mean, _, half = interval(in_points(results, "validation")["gain, paired by seed"])
+    return max(results) if mean > (0 if math.isnan(half) else half) else 0.0
 
 
 def report_series(results):
     """Print means, deviations and intervals on both splits, and the network that validation data choose."""
     for split in ("validation", "test"):
-        lines = {f"aux_weight {weight:g}": [100 * row[f"{split}_accuracy"] for row in rows]
-                 for weight, rows in results.items()}
-        if len(results) == 2:
-            lines["gain, paired by seed"] = gains(results, split)
-        for name, values in lines.items():
+        for name, values in in_points(results, split).items():
             mean, deviation, half = interval(values)
             spread = (f", standard deviation {deviation:.1f}, 95 % interval [{mean - half:.1f}, "
                       f"{mean + half:.1f}], n = {len(values)}")
             print(f"{split:10}  {name:20}  {mean:5.1f} points{spread if len(values) > 1 else ''}")
-    weight = chosen_weight(results)
+    weight, advice = max(results), "the"
+    if len(results) == 2:
+        weight = chosen_weight(results)
+        advice = f"validation speaks for aux_weight {weight:g}; its"
     best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
-    advice = f"validation speaks for aux_weight {weight:g}; its" if len(results) == 2 else "the"
     print(f"{advice} best network on validation is {best}/pruned.pt")
 
 
@@ -784,6 +758,7 @@ def main():
             if args.device.startswith("cuda"):
                 torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         else:
             signal.signal(signal.SIGINT, catch)
             signal.signal(signal.SIGTERM, catch)
