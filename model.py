@@ -47,8 +47,7 @@ def words(text, max_length):
     room = max(1, max_length - (len(parts) - 1))  # words, beside the <sep> between parts
     found = [WORD.findall(normalise(part.lstrip()[: 32 * room]))[:room] for part in parts]
     while sum(len(part) for part in found) > room:
-        longest = max(reversed(found), key=len)  # of equally long parts the last one
-        longest.pop()
+        max(reversed(found), key=len).pop()  # of equally long parts the last one is cut
     joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]  # none before the first part
     return joined[:max_length] or [SPECIAL[UNK]]
 

@@ -16,7 +16,6 @@ import os
 import random
 import re
 from array import array
-from fnmatch import fnmatch
 from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
@@ -62,8 +61,7 @@ def couple(g_target, g_aux, coupling):
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
     both = [name for name in g_aux if name in g_target]
-    update = {**g_target, **g_aux}
-    update |= {name: g_target[name] + g_aux[name] for name in both}
+    update = g_target | g_aux | {name: g_target[name] + g_aux[name] for name in both}
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
@@ -130,12 +128,11 @@ def review(rng, domain):
 
 def reviews(domain):
     """The built-in task: split name -> list of (text, label name), no sentence twice."""
-    rng, unique, sizes = random.Random(domain), {}, {"train": 6000, "validation": 500, "test": 2000}
-    while len(unique) < sum(sizes.values()):
-        text, label = review(rng, domain)
-        unique[text] = label
-    pairs = iter(unique.items())
-    return {split: [next(pairs) for _ in range(n)] for split, n in sizes.items()}
+    rng, unique = random.Random(domain), {}
+    while len(unique) < 8500:
+        unique.update([review(rng, domain)])
+    pairs = list(unique.items())
+    return {"train": pairs[:6000], "validation": pairs[6000:6500], "test": pairs[6500:]}
 
 
 # ----------------------------------------------------------------------------- any other task
@@ -155,7 +152,7 @@ class Source(NamedTuple):
 
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval", "valid*"], "test": ["test"]}
+NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval", "valid.*"], "test": ["test"]}
 
 
 def check_lines(file):
@@ -291,13 +288,13 @@ def class_name(value, names):
     return names[value] if names else str(value).strip() or None
 
 
-def rows(table, text_columns, label_column):
-    """List of (text, class name) of a Dataset, None where one is missing; a text is a tuple of strings."""
+def texts_and_labels(table, text_columns, label_column):
+    """Two lists from a Dataset, tuples of strings and names of classes; None where one is missing."""
     names = getattr(table.features.get(label_column), "names", None)
     labels = table[label_column][:] if label_column in table.features else [None] * len(table)
     texts = zip(*(table[column][:] for column in text_columns))
     texts = [None if None in text else tuple(str(part) for part in text) for text in texts]
-    return [(text, class_name(label, names)) for text, label in zip(texts, labels)]
+    return texts, [class_name(label, names) for label in labels]
 
 
 def open_splits(source, wanted):
@@ -307,7 +304,7 @@ def open_splits(source, wanted):
     where it came from}}, and a list of lines. A split without labels (absent, null or -1) is not used.
     """
     found = find_splits(source.spec)
-    named = {split: [name for pattern in patterns for name in found if fnmatch(name.lower(), pattern)]
+    named = {split: [name for pattern in patterns for name in found if re.fullmatch(pattern, name.lower())]
              for split, patterns in NAMES.items()}
     if len(found) == 1 and not any(named.values()):
         named["train"] = list(found)
@@ -323,15 +320,14 @@ def open_splits(source, wanted):
                 text_columns, label_column = find_columns(table, source)
             elif not set(text_columns) <= set(table.features):
                 raise InputError(f"{where} has no column {', '.join(text_columns)}")
-            pairs = rows(table, text_columns, label_column)
-            texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
+            texts, labels = texts_and_labels(table, text_columns, label_column)
             if split != "train" and set(labels) <= {None, "-1"}:
                 unused[name] = " (no labels)"
                 continue
             for what, values in (("text", texts), ("label", labels)):
                 if None in values:
                     raise InputError(f"row {values.index(None) + 1} of {where} has no {what}")
-            opened[split], origin[split] = pairs, where
+            opened[split], origin[split] = list(zip(texts, labels)), where
             del unused[name]
             break
     listed = ", ".join(name + reason for name, reason in unused.items())
@@ -490,11 +486,11 @@ def choose_vocab(train, aux, vocab_size, n_kept):
     """
 
     def by_frequency(examples):
-        count = np.bincount(examples.tokens)
-        count[: len(SPECIAL)] = 0
+        count = np.bincount(examples.tokens, minlength=len(SPECIAL))
+        count[: len(SPECIAL)] = len(examples.tokens) + 1  # SPECIAL come first
         return np.argsort(-count, kind="stable")[: np.count_nonzero(count)].tolist()
 
-    own = [*range(len(SPECIAL)), *by_frequency(train)][:vocab_size]
+    own = by_frequency(train)[:vocab_size]
     kept = list(dict.fromkeys([*own, *range(n_kept)]))  # each once
     more = by_frequency(aux) if aux else []
     return list(dict.fromkeys([*kept, *more]))[: max(vocab_size, len(kept))]
