@@ -214,12 +214,12 @@ def train(args):
         if auxiliary and aux_weight:
             loss_aux = task_loss(run.net, gates, auxiliary, step, args)
 
-        # how: the tasks' gradients are coupled; the controller is no task, its gradient is added afterwards
+        # how: the gradients of the two tasks are coupled
         g_target = gradients(loss_target, parameters)
         g_aux = gradients(aux_weight * loss_aux, shared)
-        g_penalty = gradients(penalty, parameters)
         update = transfer.couple(g_target, g_aux, args.coupling)
-        update = transfer.couple(update, g_penalty, "sum")
+        if gates:  # the controller is no task: its gradient is added afterwards
+            update["log_alpha"] = update.get("log_alpha", 0) + gradients(penalty, parameters)["log_alpha"]
         for name, p in parameters.items():
             p.grad = update.get(name)
         norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
@@ -290,8 +290,9 @@ def read_structure(args):
     try:
         result = json.loads(Path(args.structure).read_text())
         ffn = torch.tensor(result["ffn_kept"]).float()  # (L,)
-        head = torch.tensor(result["heads_kept"]).float().view(len(ffn), -1)  # (L, H)
-        its = {"n_layer": len(ffn), "n_head": head.shape[1], "sparsity": result["target_sparsity"]}
+        head = torch.tensor(result["heads_kept"]).float()  # (L, H)
+        L, H = torch.column_stack([head, ffn]).shape[0], head.shape[1]  # refuses two different L
+        its = {"n_layer": L, "n_head": H, "sparsity": result["target_sparsity"]}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         fail(f"structure {args.structure} is not learned, random, bottom, or the result.json of a run")
     must_match(its, {name: vars(args)[name] for name in its}, f"structure: {args.structure}", "use the same")
@@ -620,6 +621,7 @@ def summary(run, args, data):
     slow, fast = latency_ms([dense, run.net], data.test.batch(np.arange(min(32, n)), args.device)[0])
     learned = args.sparsity and args.structure == "learned"
     prob = run.gates.prob_open() if learned else run.structure
+    reopened = [((kept > 0) & (p < 0.5)).sum().item() for kept, p in zip(run.structure, prob)]
     return {
         **{f"test_{name}": score for name, score in scores.items()},
         "test_interval": wilson(scores["accuracy"], n), "label_order": data.labels["target"],
@@ -628,7 +630,7 @@ def summary(run, args, data):
         "expected_sparsity": masks.sparsity(prob, *model.unit_sizes(args.d_model, args.n_head)).item(),
         "delivered_sparsity": 1 - model.prunable(run.net) / model.prunable(dense),
         "heads_kept": run.structure.head.int().tolist(), "ffn_kept": run.structure.ffn.int().tolist(),
-        "prob_open": {name: p.tolist() for name, p in prob._asdict().items()},
+        "prob_open": {name: p.tolist() for name, p in prob._asdict().items()}, "reopened": sum(reopened),
         "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in run.net.parameters()),
         "latency_dense_ms": slow, "latency_pruned_ms": fast, "speedup": slow / fast,
@@ -655,14 +657,16 @@ def wilson(share, n):
 
 def report(result):
     """Print what a reader of result.json would look for first."""
-    print("test accuracy {test_accuracy:.3f}, 95 % interval [{test_interval[0]:.3f}, {test_interval[1]:.3f}]"
-          "   macro-F1 {test_macro_f1:.3f}   validation accuracy {validation_accuracy:.3f}\n"
-          "(majority-class baseline: {test_majority:.3f})\n"
+    print("test accuracy {test_accuracy:.3f}   macro-F1 {test_macro_f1:.3f}   validation accuracy "
+          "{validation_accuracy:.3f}\n(test accuracy: 95 % interval over texts [{test_interval[0]:.3f}, "
+          "{test_interval[1]:.3f}], majority-class baseline {test_majority:.3f})\n"
           "sparsity delivered {delivered_sparsity:.3f}, requested {target_sparsity:.3f}; "
           "{params_pruned:,} of {params_dense:,} parameters left".format(**result))
     if "accuracy_before_cut" in result:
         print("test accuracy before the cut {accuracy_before_cut[test]:.3f}, right after it "
               "{accuracy_after_cut[test]:.3f}".format(**result))
+    if result["reopened"]:
+        print("{reopened} of the units kept had P(open) below 0.5: there was room for them".format(**result))
     for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
     print("{latency_dense_ms:.2f} ms -> {latency_pruned_ms:.2f} ms for up to 32 texts, "
@@ -695,6 +699,7 @@ def series(args):
         else:
             folder = str(Path(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer")))
             changed = {"seed": seed, "seeds": 1, "baseline": False, "aux_weight": weight, "out_dir": folder}
+            changed["resume"] = args.resume and Path(folder, "checkpoint.pt").exists()
             done[seed, weight] = train(argparse.Namespace(**{**vars(args), **changed}))
             write_rows(path, done.values())
     return {weight: [done[seed, weight] for seed in seeds] for weight in weights}

@@ -166,7 +166,7 @@ def check_lines(file):
                 text = line.decode("utf-8-sig").strip()
                 if text and file.lower().endswith(".jsonl"):
                     json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"cannot load {file}, line {number}: {error}") from None
 
 
@@ -238,7 +238,7 @@ def find_splits(spec):
         files = {"train": [name]}
     elif not os.path.isdir(name):
         hub_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
-        if not hub_like or Path(name).suffix in KINDS:  # the hub can take long to say no
+        if not hub_like or Path(name).suffix.lower() in KINDS:  # the hub can take long to say no
             raise InputError(f"no such file or folder: {name!r}")
         spec += " (no file or folder; looked for on the hub)"
     return files or dict(read(spec, name, name=config or None))

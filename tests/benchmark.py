@@ -96,7 +96,8 @@ def our_step(*shape, pruning=True):
         g_target = loop.gradients(loss_target, parameters)
         g_aux = loop.gradients(args.aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
         update = transfer.couple(g_target, g_aux, args.coupling)
-        update = transfer.couple(update, loop.gradients(penalty, parameters), "sum")
+        if gates:
+            update["log_alpha"] = update["log_alpha"] + loop.gradients(penalty, parameters)["log_alpha"]
         for name, p in parameters.items():
             p.grad = update.get(name)
         norm = nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import signal
@@ -79,7 +80,7 @@ def couplings(monkeypatch, folder, *flags):
     monkeypatch.setattr(transfer, "couple", recorded)
     run(folder, *flags)
     monkeypatch.undo()
-    return steps[::2]  # the second call of a step adds the controller's
+    return steps
 
 
 # ---- transfer inside a run
@@ -322,7 +323,7 @@ def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp
     assert all(json.loads(line)["torch"] == torch.__version__ for line in lines)
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n")
     calls.clear()
-    again = loop.series(loop.parse_args([*flags, "--checkpoint_every", "7"]))
+    again = loop.series(loop.parse_args([*flags, "--checkpoint_every", "7", "--resume"]))  # nothing to resume
     assert calls == [(4, 0.5), (4, 0.0)]
     scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
     assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
@@ -392,15 +393,29 @@ def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "again" / "history.jsonl").read_text().splitlines()]
     assert all(row["phase"] != "prune" for row in rows)
     (tmp_path / "odd.json").write_text("[1, 2]")
+    wide = {"heads_kept": [[1] * 8], "ffn_kept": [1, 0], "target_sparsity": 0.5}  # one layer, or two?
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
     for flags, reason in (
         (["--structure", path, "--sparsity", 0.6], "has sparsity 0.5, not 0.6"),
         (["--structure", path, "--n_layer", 3], "has n_layer 2, not 3"),
         (["--structure", tmp_path / "none.json"], "is not learned, random, bottom, or the result.json"),
         (["--structure", tmp_path / "odd.json"], "is not learned, random, bottom, or the result.json"),
+        (["--structure", tmp_path / "wide.json"], "is not learned, random, bottom, or the result.json"),
     ):
         with pytest.raises(InputError, match=reason):
             run(tmp_path / "refused", *flags)
     assert not (tmp_path / "refused").exists()
+
+
+def test_units_that_were_closed_and_are_kept_are_counted_and_reported(tmp_path, monkeypatch, capsys):
+    """A choice that keeps every unit opens all those again that the controller had closed."""
+    monkeypatch.setattr(masks, "select", lambda prob, *rest: masks.Z(*(torch.ones_like(p) for p in prob)))
+    result = run(tmp_path, "--gate_lr", 2)
+    heads, ffn = result["prob_open"]["head"], result["prob_open"]["ffn"]
+    closed = sum(p < 0.5 for p in itertools.chain(*heads, ffn))
+    assert result["reopened"] == closed > 0
+    loop.report(result)
+    assert f"{closed} of the units kept had P(open) below 0.5" in capsys.readouterr().out
 
 
 def test_the_accuracy_right_after_the_cut_is_that_of_a_network_that_does_not_learn_any_more(tmp_path):

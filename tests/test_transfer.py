@@ -713,10 +713,16 @@ def test_a_csv_with_more_columns_than_its_header_is_refused(tmp_path):
     assert "soup" in word_id
 
 
+def test_a_line_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "label": "b"}\n' + "[" * 100_000)
+    with pytest.raises(InputError, match="cannot load .*deep.jsonl, line 2: "):
+        load(str(tmp_path / "deep.jsonl"))
+
+
 def test_missing_things_are_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    for spec in ("none", "./none", "../none", "none.jsonl", "a/none.csv", "data/none", "", "a/b/c", "x [1]"):
+    for spec in ("none", "./none", "../none", "none.jsonl", "a/none.CSV", "data/none", "", "a/b/c", "x [1]"):
         with pytest.raises(InputError, match="no such file or folder: "):
             load(spec)
     with pytest.raises(InputError, match="owner/name .*looked for on the hub"):
