@@ -244,7 +244,7 @@ def run(part=0, parts=1, *files):
             for setting, flags in unit:
                 if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
                     began, result = time.time(), result_of(file, setting, flags, seed)
-                    append(file, {"setting": setting, "flags": flags, **result})
+                    append(file, {**result, "setting": setting, "flags": flags})
                     print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
 
 
