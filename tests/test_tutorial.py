@@ -50,7 +50,8 @@ def printed(cell):
 @pytest.mark.skipif("not config.getoption('--notebook')", reason="slow: run with --notebook")
 def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
     """From a new kernel and in a copy of the folder, since it writes to out/; every section draws its
-    picture, every solution is right, and all cells but the checks take less than fifteen minutes.
+    picture, every solution is right, and all cells but the checks take less than twelve minutes: two and a
+    half times what they take on two idle cores.
     """
     for name in ("masks.py", "model.py", "transfer.py", "train.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -74,7 +75,7 @@ def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
     assert len(checks) == len(SOLUTIONS)
     assert all("right:" in printed(notebook.cells[i]) for i in checks)
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and i not in checks]
-    assert sum(seconds[i] for i in code) < 900
+    assert sum(seconds[i] for i in code) < 720
 
 
 def test_the_notebook_is_small_its_code_short_and_its_outputs_are_there():
@@ -156,6 +157,19 @@ def random_after_cut(file, setting):
     return experiments.three(file, setting, experiments.after_cut)
 
 
+def gain(setting, baseline):
+    """Mean gain over seeds in points, in the rows of networks with a parent; nan if there are none."""
+    return statistics.mean(experiments.difference("parent", setting, baseline) or [float("nan")])
+
+
+def curve(setting):
+    """Mean validation curve over seeds, in %; a single nan if there are no two."""
+    found = [row["validation_curve"] for row in experiments.rows("built_in") if row["setting"] == setting]
+    if len(found) < 2:
+        return [float("nan")]
+    return [100 * statistics.mean(accuracy for _, accuracy in points) for points in zip(*found)]
+
+
 FILM, NO_FILM = "trec_fine <- sst2, 400 labels: always", "trec_fine <- sst2, 400 labels: none"
 CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be false: (smaller, larger)
     "closes nearly the whole gap with 50 labels already": [
@@ -170,6 +184,17 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("built_in", "always") - 6, mean("built_in", "while pruning")),
         (mean("built_in", "before pruning"), mean("built_in", "sequential")),
         (mean("built_in", "sequential"), mean("built_in", "always")),
+    ],
+    "what was learned there fades, in the unpruned network too": [
+        (curve("before pruning")[-1] + 10, max(curve("before pruning"))),
+        (curve("unpruned, before pruning")[-1] + 5, max(curve("unpruned, before pruning"))),
+    ],
+    "falls as well when its help ends": [(curve("while pruning")[-1] + 4, max(curve("while pruning")))],
+    "has hardly begun to rise": [(curve("while fine-tuning")[-1], 65)],
+    "The less a run forgets, the less they add": [
+        (gain("film, lr 3e-4, always", "film, lr 3e-4, none"), gain("film, lr 1e-3, always", "film, lr 1e-3, none")),
+        (gain("film, lr 1e-4, always", "film, lr 1e-4, none"), gain("film, lr 3e-4, always", "film, lr 3e-4, none")),
+        (mean("parent", "film, lr 1e-3, none"), mean("parent", "film, lr 3e-4, none")),
     ],
     "Projecting conflicts away changes the result by no more than its interval": [
         (mean("built_in", "always") - 3, mean("built_in", "always, project")),
