@@ -111,7 +111,7 @@ class Gates(nn.Module):
 
 
 def sparsity(z, head_size, ffn_size):
-    """Fraction of the prunable parameters that is gone, in [0, 1], if unit i is there with weight z_i.
+    """Fraction of the prunable parameters that is gone, in [0, 1], if unit i counts with weight z_i.
 
     With z = gates.prob_open() this is the expected sparsity, with a 0/1 structure the delivered one.
     head_size, ffn_size: parameters of one head and of one feed-forward sublayer.

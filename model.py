@@ -5,9 +5,9 @@ heads and layers can be gated and cut out.
 
 The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
 `Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a
-smaller instance. The projections have no bias, so a closed unit contributes exactly nothing (and pre-norm
-keeps the network continuous at z = 0). Left out on purpose: pretrained weights, subword tokens, causal
-attention.
+smaller instance. The projections have no bias, so that a closed unit contributes exactly nothing, and with
+pre-norm a closed sublayer is the identity, so that its norm goes with it (with post-norm it would remain).
+Left out on purpose: pretrained weights, subword tokens, causal attention.
 
 Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D head size.
 """
@@ -230,7 +230,7 @@ def fail(message):
 
 
 def main():
-    """Print label and probability, tab separated, for every line of stdin; a tab parts a pair of texts."""
+    """Print label and probability, tab separated, for every line of stdin; a tab separates two texts."""
     if len(sys.argv) != 2:
         fail("usage: python model.py out/pruned.pt < texts.txt")
     try:

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--d_model", type=int, default=64, help="width of the network, a multiple of n_head")
     add("--dropout", type=float, default=0.1, help="dropout probability, 0 to 0.99")
     # pruning
-    add("--sparsity", type=float, default=0.7, help="share of the prunable weights to cut, 0 to about 0.96")
+    add("--sparsity", type=float, default=0.7, help="fraction of the prunable weights to cut, up to 0.96")
     add("--prune_start", type=int, default=500, help="step at which the target sparsity starts to rise")
     add("--prune_ramp", type=int, default=1000, help="steps over which it rises to its full value, >= 1")
     add("--finetune_steps", type=int, default=800, help="last steps, in which the structure is fixed, >= 1")
@@ -72,8 +72,8 @@ def parse_args(argv=None):
     # transfer
     add("--aux_weight", type=float, default=0.5, help="weight of the auxiliary loss, >= 0; 0 = no transfer")
     add("--transfer_start", type=int, default=1000, help="when: first step with the auxiliary loss")
-    add("--transfer_stop", type=int, default=10**9, help="when: first step without it again")
-    add("--target_start", type=int, default=0, help="when: first step with the target loss")
+    add("--transfer_stop", type=int, default=10**9, help="when: first step after transfer")
+    add("--target_start", type=int, default=0, help="when: first step with the loss of the target")
     add("--coupling", choices=["sum", "project"], default="sum", help="how: project removes conflicts")
     add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it may change")
     add("--aux_shuffle", action="store_true", help="a control: auxiliary labels in random order")
@@ -741,7 +741,7 @@ def report_series(results):
     weight, advice = max(results), "the"
     if len(results) == 2:
         weight = chosen_weight(results)
-        advice = f"validation speaks for aux_weight {weight:g}; its"
+        advice = f"validation favours aux_weight {weight:g}; its"
     best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
     print(f"{advice} best network on validation is {best}/pruned.pt")
 

@@ -127,7 +127,7 @@ def review(rng, domain):
 
 
 def reviews(domain):
-    """The built-in task: split name -> list of (text, label name), no sentence twice."""
+    """The built-in, synthetic task: split name -> list of (text, label name), no sentence twice."""
     rng, unique = random.Random(domain), {}
     while len(unique) < 8500:
         unique.update([review(rng, domain)])
@@ -178,8 +178,10 @@ def check_columns(file):
         width = len(next(reader, []))
         for row in reader:
             if len(row) > width:
-                raise InputError(f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} "
-                                 "in the header; columns are parted by commas, texts with commas need quotes")
+                raise InputError(
+                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the header; "
+                    "columns are separated by commas, texts with commas need quotes"
+                )
 
 
 def read(spec, loader, **options):
@@ -275,13 +277,13 @@ def find_columns(table, source):
     reason = "more than one choice of" if len(pairs) > 1 else "no"
     flags = f"--{source.flag}text_columns and --{source.flag}label_column"
     line = f"""{reason} {text or 'text'} as strings and {label or 'label'} as classes in {source.spec}: name
-        them with {flags}. Columns (of a CSV, parted by commas): {', '.join(listed)}"""
+        them with {flags}. Columns (of a CSV, separated by commas): {', '.join(listed)}"""
     raise InputError(" ".join(line.split()))
 
 
 def class_name(value, names):
     """The name of a class, None if there is none. names: of its numbers, or None; 3.0 is "3", " a" is "a"."""
-    if value is None or value != value or (names and value < 0):
+    if value is None or value != value or (names and value < 0):  # nan is not equal to itself
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -339,7 +341,7 @@ def open_splits(source, wanted):
 
 
 class Examples(NamedTuple):
-    """N labelled texts in flat arrays: without a Python object each, a million cost little but their ids."""
+    """N labelled texts in flat arrays, not an object each: a million need little more than their ids."""
 
     tokens: np.ndarray  # word ids of all texts, one text after the other
     start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
@@ -394,7 +396,7 @@ def fingerprint(examples, names):
 def held_out(text_hash):
     """Boolean mask (N,) of about a tenth of the rows, at most a fifth, by the hashes (N,) of their texts.
 
-    Distinct texts in order of hash, duplicates together; a text with too many of them is passed over.
+    Distinct texts in order of hash, duplicates together; a text with too many duplicates is passed over.
     """
     chosen, taken = [], 0
     for value, count in zip(*np.unique(text_hash, return_counts=True)):  # sorted
@@ -416,10 +418,10 @@ def complete(splits, origin, spec):
     for split in ("test", "validation"):
         if split not in splits:
             train, origin[split] = splits["train"], "a part of train"
-            keep = held_out(train.text_hash)
-            if not keep.any() or keep.all():
+            taken = held_out(train.text_hash)
+            if not taken.any() or taken.all():
                 raise InputError(f"too few different texts in {spec} to take a {split} split from them")
-            splits[split], splits["train"] = train.take(keep), train.take(~keep)
+            splits[split], splits["train"] = train.take(taken), train.take(~taken)
             notes.append(f"no {split} split: a fixed tenth of train, by a hash of the text, is used instead")
     return notes
 
@@ -479,10 +481,10 @@ def limited_subset(label, n, seed):
 
 
 def choose_vocab(train, aux, vocab_size, n_kept):
-    """Old word ids in order of their new ids: SPECIAL, the target's training words, a parent's, the auxiliary
-    task's; vocab_size at most, except that the first n_kept words, SPECIAL and a parent's, always stay.
+    """Old word ids in order of their new ids: SPECIAL, the target's training words by frequency, a parent's
+    in their order, the auxiliary task's by frequency: they fill what is left and take the place of no other.
 
-    Each by frequency. No word of the auxiliary task takes the place of one of the target.
+    At most vocab_size, except that the old ids below n_kept, SPECIAL and a parent's words, always stay.
     """
 
     def by_frequency(examples):

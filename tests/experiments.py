@@ -460,7 +460,7 @@ def cuts_table(task):
 
 
 def same_shape(setting, other):
-    """In how many seeds two settings keep as many heads, and the same feed-forward sublayers, in each layer."""
+    """In how many seeds two settings keep as many heads and the same feed-forward sublayers in each layer."""
     shapes = [
         {row["seed"]: ([sum(heads) for heads in row["heads_kept"]], row["ffn_kept"])
          for row in rows("sparsity") if row["setting"] == name}
@@ -476,9 +476,10 @@ def sparsity_table():
             cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
             if cells[-1] > 1:
                 name = f"{start}, {cut}"
-                delivered = statistics.mean(column("sparsity", f"{name}, learned", "delivered_sparsity").values())
+                delivered = column("sparsity", f"{name}, learned", "delivered_sparsity").values()
+                delivered = statistics.mean(delivered) / 100
                 same = same_shape(f"{name}, learned", f"{name}, bottom")
-                lines.append([start, cut, f"{delivered / 100:.3f}", f"{same} of {cells[-1]}", *cells])
+                lines.append([start, cut, f"{delivered:.3f}", f"{same} of {cells[-1]}", *cells])
     head = ["start", "requested sparsity", "delivered", "learned has bottom's shape"]
     return table([*head, *KINDS, *DIFFERENCES], lines)
 

@@ -356,13 +356,13 @@ def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsy
     printed = capsys.readouterr().out
     half = 4.303 * 5 / 3**0.5  # t(0.975, 2) times the standard deviation of 30, 20 and 25 by the root of n
     assert f"25.0 points, standard deviation 5.0, 95 % interval [{25 - half:.1f}, {25 + half:.1f}]" in printed
-    assert f"validation speaks for {chosen}" in printed
+    assert f"validation favours {chosen}" in printed
 
 
 def test_one_run_gets_no_interval_and_one_setting_no_advice(capsys):
     loop.report_series({0.5: series_rows((0.7,), (0.6,))})
     printed = capsys.readouterr().out
-    assert "60.0 points\n" in printed and "nan" not in printed and "speaks" not in printed
+    assert "60.0 points\n" in printed and "nan" not in printed and "favours" not in printed
     assert "the best network on validation is out/seed0/pruned.pt" in printed
 
 

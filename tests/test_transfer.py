@@ -697,9 +697,9 @@ def test_a_file_that_is_not_utf_8_is_named_with_the_line(tmp_path, kind, encodin
 @pytest.mark.parametrize("separator", [";", "\t"])
 @pytest.mark.parametrize("text", ["one or two", "one, or two", "one, two, or three"])
 def test_another_separator_is_recognised(tmp_path, separator, text):
-    """Whether the texts hold commas or not, the message says that columns are parted by them."""
+    """Whether the texts hold commas or not, the message says that columns are separated by them."""
     path = csv(tmp_path / "train.csv", f"text{separator}label", f"a{separator}x", f"{text}{separator}y")
-    with pytest.raises(InputError, match="parted by commas"):
+    with pytest.raises(InputError, match="separated by commas"):
         load(path)
 
 
