@@ -179,8 +179,8 @@ def check_columns(file):
         for row in reader:
             if len(row) > width:
                 raise InputError(
-                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the header; "
-                    "columns are separated by commas, texts with commas need quotes"
+                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the header"
+                    "; columns are separated by commas, texts with commas need quotes"
                 )
 
 
