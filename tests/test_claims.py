@@ -241,6 +241,17 @@ def test_every_seed_trains_on_its_own_subset(ten_seeds):
     assert len(subsets) == 10
 
 
+def test_initial_weights_and_order_follow_the_seed(tmp_path):
+    """With all examples, so that every seed has the same: in the first step of two seeds, no task has the
+    same batch and no matrix the same values."""
+    flags = [*ONE, "--n_target", 0, "--transfer_start", 0]
+    seen = [watch(tmp_path / str(seed), *flags, "--seed", seed) for seed in (0, 1)]
+    batches = [[set(call.texts) for call in one.forward if call.training] for one in seen]
+    matrices = [one.weights[0][0].values for one in seen]
+    assert len(batches[0]) == 2 and not any(a == b for a, b in zip(*batches, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(*matrices, strict=True))
+
+
 def texts_of_random_length():
     length = np.random.default_rng(0).integers(1, 60, 256)
     start = np.concatenate([[0], np.cumsum(length)])
@@ -286,6 +297,8 @@ def test_during_pruning_the_network_that_is_evaluated_is_the_extracted_one(watch
     hits = [a == b for a, b in zip(watched.cut.predict(list(texts)), labels)]
     row = next(row for row in history(watched.folder) if row["step"] == TUNE)
     assert statistics.mean(hits) == pytest.approx(row["validation_accuracy"], abs=1e-6)
+    gone = 1 - model.prunable(watched.cut) / (2 * 12 * 8 * 8)
+    assert row["deterministic_sparsity"] == pytest.approx(gone, abs=1e-6) and gone > 0
 
 
 def test_gates_stay_within_their_limit_at_a_high_rate(watched):
@@ -420,6 +433,42 @@ def test_a_resumed_run_keeps_the_best_network_of_before_the_interruption(tmp_pat
     result = run(tmp_path, *flags, "--resume")
     assert len(after) == 4  # steps 50, 55 and 60, and the test split
     assert same(weights(tmp_path), before[8]) and result["validation_accuracy"] == 0.9
+
+
+def interrupt(patch, step):
+    """Make the next run stop after this step, as on Ctrl-C. Returns the list of steps that it takes."""
+    steps, real = [], loop.task_loss
+
+    def watched_loss(*args):
+        steps.append(args[3])
+        if args[3] == step:
+            patch.setattr(loop, "CAUGHT", [2])
+        return real(*args)
+
+    patch.setattr(loop, "task_loss", watched_loss)
+    return steps
+
+
+def test_the_time_of_a_resumed_run_includes_that_before_the_interruption(tmp_path, monkeypatch):
+    """By a clock that goes on by a second whenever it is read, which is once a step."""
+    clock = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(clock)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 40)
+        run(tmp_path, "--aux_weight", 0)
+    assert run(tmp_path, "--aux_weight", 0, "--resume")["seconds"] >= 60
+
+
+def test_a_series_that_was_interrupted_goes_on_in_the_middle_of_its_run(tmp_path, monkeypatch):
+    """The second of two runs stops after step 40: resumed, the series takes the 19 steps that are left."""
+    flags = [*SMALL, "--aux_weight", "0", "--seeds", "2", "--out_dir", str(tmp_path)]
+    loop.series(loop.parse_args([*flags, "--seeds", "1"]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 40)
+        loop.series(loop.parse_args(flags))
+    steps = interrupt(monkeypatch, None)
+    loop.series(loop.parse_args([*flags, "--resume"]))
+    assert steps == list(range(41, 60))
 
 
 def one_of_two(rank, folder, flags):

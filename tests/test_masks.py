@@ -194,6 +194,14 @@ def test_selection_meets_the_budget_by_less_than_one_unit(seed):
         assert excess < min(dropped, default=1) / total
 
 
+def test_a_budget_of_whole_units_is_used_up_whatever_floating_point_makes_of_it():
+    """A sparsity of 0.9 leaves one of ten units, though 10 (1 - 0.9) is a little less than one."""
+    prob = random_gates(0, n_layer=2).prob_open()
+    for kept in range(11):
+        z = select(prob, (10 - kept) / 10, 1, 1)
+        assert z.head.sum() + z.ffn.sum() == kept
+
+
 def test_selection_keeps_the_most_probable_units():
     """Where every unit has the same size, the kept ones are the top of the list."""
     prob = Z(torch.tensor([[0.9, 0.1], [0.4, 0.8]]), torch.tensor([0.7, 0.3]))

@@ -246,6 +246,14 @@ def test_each_dropout_factor_silences_its_own_sublayer():
     torch.testing.assert_close(silent, model.classifier["target"](model.norm(torch.zeros(1, C))))
 
 
+def test_embeddings_of_words_and_places_start_small():
+    """With a standard deviation of 0.02, not torch's 1."""
+    torch.manual_seed(0)
+    new = GatedTransformer(Config(1000, 64, C, C // H, [H], [1]), SPECIAL, {"target": ["no", "yes"]})
+    for embedding in (new.token, new.position):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_few_steps_overfit_one_batch():
     model, ids, labels = network(), texts(), torch.tensor([0, 1, 2, 0, 1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

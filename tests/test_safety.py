@@ -100,7 +100,8 @@ def test_an_interrupted_run_writes_a_checkpoint_says_so_and_goes_on(tmp_path, un
 
 @pytest.mark.parametrize("stop", [7, 30, 50])
 def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
-    """Stopped in the dense phase, before the cut and after it."""
+    """Stopped in the dense phase, before the cut and after it; with another file as the structure it does
+    not go on."""
     small = (
         "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 --d_model 8"
     )
@@ -125,6 +126,12 @@ def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits
         go("stopped", *flags)
     loop.CAUGHT.clear()
     monkeypatch.undo()
+    structure = tmp_path / "learned" / "result.json"
+    written = structure.read_text()
+    structure.write_text(written + "\n")
+    with pytest.raises(loop.InputError, match="has structure file .*: use the same"):
+        go("stopped", *flags, "--resume")
+    structure.write_text(written)
     go("stopped", *flags, "--resume")
     assert same(tmp_path / "whole", tmp_path / "stopped")
 
@@ -143,6 +150,7 @@ def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
 
     error = refused("--lr", "0.5", "--dropout", "0.3")
     assert "has dropout 0.1, not 0.3; lr 0.001, not 0.5: use the same" in error
+    assert "has seed 0, not 1: use the same" in refused("--seed", "1")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     for content in (whole[: len(whole) // 2], b"", (tmp_path / "foreign.pt").read_bytes()):
         (tmp_path / "checkpoint.pt").write_bytes(content)

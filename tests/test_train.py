@@ -87,11 +87,13 @@ def couplings(monkeypatch, folder, *flags):
 
 
 def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(tmp_path):
-    """Parameters, not losses: equal when transfer would start after the last step, different when it starts
-    just before."""
+    """Parameters, not losses: equal when transfer would start after the last step, which is said, different
+    when it starts just before."""
     run(tmp_path / "off", "--aux_weight", 0)
-    run(tmp_path / "late", "--aux_weight", 0.5, "--transfer_start", 60)
-    run(tmp_path / "last", "--aux_weight", 0.5, "--transfer_start", 59)
+    notes = run(tmp_path / "late", "--aux_weight", 0.5, "--transfer_start", 60)["notes"]
+    assert notes[-1].startswith("no transfer")
+    notes = run(tmp_path / "last", "--aux_weight", 0.5, "--transfer_start", 59)["notes"]
+    assert not notes[-1].startswith("no transfer")
     off, late, last = (weights(tmp_path / name) for name in ("off", "late", "last"))
     assert off.keys() == late.keys() and all(torch.equal(off[n], late[n]) for n in off)
     shared = [n for n in off if not n.startswith("classifier")]
@@ -285,6 +287,7 @@ def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
     assert np.mean(right) == pytest.approx(
         result["test_accuracy"], abs=1e-6
     )  # the file on disk has this accuracy
+    assert result["test_interval"] == pytest.approx(loop.wilson(result["test_accuracy"], len(texts)))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
@@ -364,6 +367,12 @@ def test_one_run_gets_no_interval_and_one_setting_no_advice(capsys):
     printed = capsys.readouterr().out
     assert "60.0 points\n" in printed and "nan" not in printed and "favours" not in printed
     assert "the best network on validation is out/seed0/pruned.pt" in printed
+
+
+@pytest.mark.parametrize("validation, chosen", [(0.7, "0.5"), (0.5, "0"), (0.3, "0")])
+def test_one_seed_with_and_without_transfer_is_decided_by_its_gain_on_validation(capsys, validation, chosen):
+    loop.report_series({0.5: series_rows((validation,), (0.1,)), 0.0: series_rows((0.5,), (0.2,))})
+    assert f"validation speaks for aux_weight {chosen};" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("structure", ["random", "bottom"])
@@ -495,9 +504,12 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent):
     assert not (tmp_path / "refused").exists()
 
 
-def test_shuffled_auxiliary_labels_are_the_same_labels_in_another_order():
-    plain, shuffled = (loop.load(loop.parse_args(flags)).aux.label for flags in ([], ["--aux_shuffle"]))
-    assert sorted(plain) == sorted(shuffled) and 0.4 < (plain == shuffled).mean() < 0.6
+def test_shuffled_auxiliary_labels_are_the_same_labels_in_another_order_for_every_seed():
+    flags = ([], ["--aux_shuffle"], ["--aux_shuffle", "--seed", "1"])
+    plain, *shuffled = (loop.load(loop.parse_args(f)).aux.label for f in flags)
+    assert all(sorted(plain) == sorted(labels) for labels in shuffled)
+    for one, other in itertools.combinations([plain, *shuffled], 2):
+        assert 0.4 < (one == other).mean() < 0.6
 
 
 def test_without_sparsity_nothing_is_pruned(tmp_path):

@@ -207,6 +207,22 @@ def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_p
     assert "sentence number 30 of many" in kept and "sentence number 29 of many" not in kept
 
 
+def test_a_pair_is_held_out_as_a_pair_whatever_its_words_are_when_joined(tmp_path):
+    """A pair that is parted elsewhere is another text, and so is a single text of the same words."""
+    pairs = [{"a": f"one {i}", "b": "two three", "label": i % 2} for i in range(9)]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "t", f"{split}.jsonl", pairs)
+    elsewhere = [{"a": f"one {i} two", "b": "three", "label": i % 2} for i in range(9)]
+    single = [{"text": f"one {i} two three", "label": i % 2} for i in range(9)]
+    target = Source(str(tmp_path / "t"), ["a", "b"], "label")
+    settings = {"n_target": 0, "max_length": 9, "vocab_size": 99, "seed": 0}
+    same = {"a": " ONE  0", "b": "two three", "label": 0}  # the only one to be dropped
+    for rows, columns in (([*elsewhere, same], ["a", "b"]), (single, ["text"])):
+        write(tmp_path / "a", "train.jsonl", rows)
+        aux = Source(str(tmp_path / "a"), columns, "label", "aux_")
+        assert len(prepare(target, aux, **settings).aux.label) == 9
+
+
 def test_the_vocabulary_holds_training_words_only_most_frequent_first(tmp_path):
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
     read = data(target, n_target=10)
@@ -626,6 +642,7 @@ def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
     many = [row | {"label": str(i % 30)} for i, row in enumerate(train)]
     assert "30 of 32 classes have no training example" in notes(train=many, n_target=2)
     assert "2 of the test texts also occur among the training" in notes(test=test + sentences(2))
+    assert "3 of the test texts also occur among the training" in notes(test=test + sentences(1) * 3)
     assert "100% of the training texts are longer than max_length" in notes(max_length=4)
     assert "longer" not in notes(max_length=5)
     assert "only 7 test texts" in notes(test=test[:7])
@@ -647,8 +664,19 @@ def test_the_record_describes_both_tasks_and_can_be_written_as_json(tmp_path):
     assert record["cut"] == 1.0
 
 
+def test_the_share_of_cut_texts_is_that_of_the_training_subset(tmp_path):
+    """Three of twenty texts are long: of ten texts, another share is."""
+    target = small_task(tmp_path, train=20, validation=5, test=5)
+    rows = sentences(20)
+    long = [row | {"text": f"long {row['text']}"} for row in rows[:3]]
+    write(tmp_path, "train.jsonl", [*long, *rows[3:]])
+    read = data(target, n_target=10, max_length=5)
+    share = np.mean([text.startswith("long") for text in texts_of(read.train, read.vocab)])
+    assert read.record["cut"] == pytest.approx(share)
+
+
 def test_the_fingerprint_changes_with_every_text_and_label_but_not_with_the_order_of_rows(tmp_path):
-    """Also with a word beyond max_length, and for two labels swapped."""
+    """Also with a word beyond max_length, and for two labels swapped; equal texts may have two labels."""
     rows = sentences(40)
 
     def fingerprint(rows):
@@ -658,6 +686,8 @@ def test_the_fingerprint_changes_with_every_text_and_label_but_not_with_the_orde
         return data(tmp_path, max_length=3, n_target=10).record["target"]["fingerprint"]["train"]
 
     assert fingerprint(rows) == fingerprint(rows[::-1])
+    twice = [*rows, *sentences(9, label=lambda i: "no" if i % 2 else "yes")]
+    assert fingerprint(twice) == fingerprint(twice[::-1])
     other = [dict(row) for row in rows]
     other[7]["text"] += " indeed"
     swapped = [dict(row) for row in rows]
@@ -675,6 +705,13 @@ def test_words_of_a_csv_that_other_programs_take_for_missing_are_words(tmp_path)
     word_id = {word: i for i, word in enumerate(SPECIAL)}
     assert load(path, word_id=word_id)[1] == load(path.parent)[1] == ["NA", "None"]
     assert {"na", "null"} <= set(word_id)
+
+
+@pytest.mark.parametrize("line, what", [(",y", "text"), ("b,", "label")])
+def test_an_empty_cell_of_a_csv_is_missing(tmp_path, line, what):
+    path = csv(tmp_path / "train.csv", "text,label", "a,x", line, "c,y")
+    with pytest.raises(InputError, match=f"row 2 of .*train.csv has no {what}"):
+        load(path)
 
 
 @pytest.mark.parametrize("line", ['{"text": "a", "label": }', "not json", '{"text": "a", "label": "x"'])
