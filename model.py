@@ -231,7 +231,7 @@ def fail(message):
 
 def main():
     """Print label and probability, tab separated, for every line of stdin; a tab separates two texts."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         fail("usage: python model.py out/pruned.pt < texts.txt")
     try:
         model = GatedTransformer.load(sys.argv[1])

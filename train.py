@@ -116,7 +116,8 @@ def check(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         fail(f"device {args.device} is not available here")
-    if args.baseline and (args.aux_weight == 0 or args.aux == "none"):
+    teaches = args.aux_weight and args.transfer_start < min(args.transfer_stop, args.steps)
+    if args.baseline and (args.aux == "none" or not teaches):
         fail("--baseline compares with a run without transfer, and this is one")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
@@ -147,7 +148,7 @@ def check_pruning(args):
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     if args.structure == "learned" and needed > available:
         fail(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} steps "
-             f"between prune_start and fine-tuning, not {available}")
+             f"between prune_start and fine-tuning, not {max(available, 0)}")
 
 
 def must_match(found, wanted, what, advice):
@@ -327,7 +328,8 @@ def load(args, parent=None):
     if args.aux_shuffle and data.aux:
         np.random.default_rng(args.seed).shuffle(data.aux.label)
     if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append("no transfer: it starts after it stops, or after the last step")
+        data.notes.append(f"no transfer: transfer_start {args.transfer_start} is not before transfer_stop, "
+                          f"or not before the last of {args.steps} steps")
     if rank_and_world()[0] == 0:
         print_data(data, args.target, args.aux)
     return data
@@ -361,6 +363,7 @@ def start(args, data, parent=None):
         fail(f"the run in {out} is finished: without --resume it would be made again")
     elif rank_and_world()[0] == 0:
         clear(out, args.resume)
+    (out / "checkpoint.pt.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
     return run
 
 
@@ -699,6 +702,7 @@ def series(args):
         else:
             folder = str(Path(args.out_dir, f"seed{seed}" + ("" if weight else "_no_transfer")))
             changed = {"seed": seed, "seeds": 1, "baseline": False, "aux_weight": weight, "out_dir": folder}
+            print(f"seed {seed}, aux_weight {weight:g}:")
             changed["resume"] = args.resume and Path(folder, "checkpoint.pt").exists()
             done[seed, weight] = train(argparse.Namespace(**{**vars(args), **changed}))
             write_rows(path, done.values())
@@ -741,7 +745,8 @@ def report_series(results):
     weight, advice = max(results), "the"
     if len(results) == 2:
         weight = chosen_weight(results)
-        advice = f"validation favours aux_weight {weight:g}; its"
+        why = "" if weight else " (the interval of the gain does not lie above 0)"
+        advice = f"validation favours aux_weight {weight:g}{why}; its"
     best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
     print(f"{advice} best network on validation is {best}/pruned.pt")
 

@@ -179,8 +179,8 @@ def check_columns(file):
         for row in reader:
             if len(row) > width:
                 raise InputError(
-                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the header"
-                    "; columns are separated by commas, texts with commas need quotes"
+                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the "
+                    "header; columns are separated by commas, texts with commas need quotes"
                 )
 
 
@@ -257,8 +257,8 @@ def find_columns(table, source):
     """The text columns (a list) and the label column of a Dataset: as the user named them, else found.
 
     Found are "text" and "label". Without them, a column of strings is the text and one that can hold classes
-    is the label, if there is exactly one such pair: nothing is guessed, and no column of which all values
-    differ is taken for a label. Raises InputError with all columns.
+    is the label, if there is exactly one such pair: nothing is guessed. No column of which all values differ
+    is taken for a label, and none whose name is one of its values. Raises InputError with all columns.
     """
     kinds = {column: getattr(f, "dtype", "nested or mixed") for column, f in table.features.items()}
     strings = [column for column in kinds if "string" in kinds[column]]
@@ -268,8 +268,11 @@ def find_columns(table, source):
     texts = [text] if text else [[column] for column in strings]
     labels = [label] if label else classes
     pairs = [(t, c) for t in texts for c in labels if c not in t and c in classes and set(t) <= set(strings)]
-    if len(pairs) == 1 and (label or len(set(table[pairs[0][1]][:])) < len(table)):
-        return pairs[0]
+    if len(pairs) == 1:
+        found = pairs[0][1]
+        values = set(map(str, table[found][:]))
+        if label or (len(values) < len(table) and found not in values):  # a header without names is a row
+            return pairs[0]
     listed = []
     for column, kind in kinds.items():
         values = [str(value) for value in table[column][:]]
@@ -536,7 +539,9 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
     train = splits["train"]
     n_all = len(train.label)
     if n_target == 1 or n_target > n_all:
-        raise InputError(f"n_target {n_target}: of {n_all} training examples take at least 2, or 0 for all")
+        held = len(splits["validation"].label) + len(splits["test"].label)
+        raise InputError(f"n_target {n_target}: of {n_all} training examples take at least 2, or 0 for all "
+                         f"({held} others are for validation and test)")
     splits["train"] = train.take(limited_subset(train.label, n_target or None, seed))
     notes += data_notes(splits["train"], splits["test"], names)
     labels, record = {"target": names}, {"target": about | counts(splits, names)}

@@ -541,6 +541,8 @@ def test_a_smaller_network_has_a_speedup_above_one(tmp_path):
     [
         ("--baseline --aux none", "^--baseline compares"),
         ("--baseline --aux_weight 0", "^--baseline compares"),
+        ("--baseline --transfer_start 60", "^--baseline compares"),  # of 60 steps
+        ("--baseline --transfer_start 5 --transfer_stop 5", "^--baseline compares"),
         ("--label_smoothing 1", "^label_smoothing must be at least 0 and at most 0.99"),
     ],
 )

@@ -86,6 +86,12 @@ def test_a_run_killed_in_every_phase_and_resumed_ends_as_if_it_had_not_been(tmp_
     assert (tmp_path / "history.jsonl").read_text() == (undisturbed / "history.jsonl").read_text()
 
 
+def test_what_a_kill_leaves_of_a_checkpoint_is_removed_by_the_next_run(tmp_path):
+    tmp_path.joinpath("checkpoint.pt.tmp").write_bytes(b"half")
+    assert run_main(*FLAGS, "--out_dir", tmp_path)[0] == 0
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_an_interrupted_run_writes_a_checkpoint_says_so_and_goes_on(tmp_path, undisturbed):
     """Stopped by Ctrl-C, resumed, stopped by the signal of a batch system, resumed: as if it had not been."""
     for number, step in ((signal.SIGINT, 100), (signal.SIGTERM, 300)):

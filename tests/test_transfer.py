@@ -750,6 +750,13 @@ def test_a_csv_with_more_columns_than_its_header_is_refused(tmp_path):
     assert "soup" in word_id
 
 
+def test_a_csv_without_a_header_is_refused_unless_its_columns_are_named(tmp_path):
+    """Its first row would be lost, and its values would be names."""
+    (tmp_path / "bare.csv").write_text("".join(f"text {i},{i % 2}\n" for i in range(40)))
+    with pytest.raises(InputError, match=r"Columns .*text 0 \(.*, 0 \(int64, 2 different, first '1'\)"):
+        load(str(tmp_path / "bare.csv"))
+
+
 def test_a_line_that_is_nested_too_deeply_is_refused(tmp_path):
     (tmp_path / "deep.jsonl").write_text('{"text": "a", "label": "b"}\n' + "[" * 100_000)
     with pytest.raises(InputError, match="cannot load .*deep.jsonl, line 2: "):
