@@ -745,7 +745,7 @@ def report_series(results):
     weight, advice = max(results), "the"
     if len(results) == 2:
         weight = chosen_weight(results)
-        why = "" if weight else " (the interval of the gain does not lie above 0)"
+        why = "" if weight else " (the gain is not clearly above 0)"
         advice = f"validation favours aux_weight {weight:g}{why}; its"
     best = max(results[weight], key=lambda row: row["validation_accuracy"])["args"]["out_dir"]
     print(f"{advice} best network on validation is {best}/pruned.pt")

@@ -348,7 +348,7 @@ def series_rows(validation, test):
     "validation, chosen",
     [
         ((0.7, 0.9, 0.8), "aux_weight 0.5; its best network on validation is out/seed1/"),
-        ((0.6, 0.4, 0.7), "aux_weight 0 (the interval of the gain does not lie above 0);"),
+        ((0.6, 0.4, 0.7), "aux_weight 0 (the gain is not clearly above 0);"),
     ],
 )
 def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsys, validation, chosen):
@@ -372,7 +372,7 @@ def test_one_run_gets_no_interval_and_one_setting_no_advice(capsys):
 @pytest.mark.parametrize("validation, chosen", [(0.7, "0.5"), (0.5, "0"), (0.3, "0")])
 def test_one_seed_with_and_without_transfer_is_decided_by_its_gain_on_validation(capsys, validation, chosen):
     loop.report_series({0.5: series_rows((validation,), (0.1,)), 0.0: series_rows((0.5,), (0.2,))})
-    why = " (the interval of the gain does not lie above 0)" if chosen == "0" else ""
+    why = " (the gain is not clearly above 0)" if chosen == "0" else ""
     assert f"validation favours aux_weight {chosen}{why};" in capsys.readouterr().out
 
 
