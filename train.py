@@ -13,7 +13,6 @@ Read `train` first; what it calls stands below it, in the order of the calls.
 """
 
 import argparse
-import atexit
 import hashlib
 import io
 import itertools
@@ -768,7 +767,6 @@ def main():
             if args.device.startswith("cuda"):
                 torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-            atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         else:
             signal.signal(signal.SIGINT, catch)
             signal.signal(signal.SIGTERM, catch)
@@ -776,6 +774,9 @@ def main():
             report_series(series(args))
         elif result := train(args):
             report(result)
+        if dist.is_initialized():  # threads of gloo may outlive an ordinary exit, which then ends in SIGABRT
+            sys.stdout.flush()
+            os._exit(0)
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
