@@ -246,7 +246,7 @@ def test_the_words_of_the_target_come_before_all_of_the_auxiliary_task(tmp_path)
 
 
 def test_marks_and_a_parents_words_take_no_place_of_the_targets_words(tmp_path):
-    """<sep> and <unk> occur in texts, but are counted once; a parent's words all stay, whatever vocab_size."""
+    """<sep> and <unk> occur in texts, but are counted once; all words of a parent stay, at any vocab_size."""
     lines = [f"same {i % 3},{'other' if i % 2 else ''} ,{i % 2}" for i in range(40)]
     path = csv(tmp_path / "pairs.csv", "a,b,label", *lines)
     settings = {"n_target": 0, "max_length": 9, "vocab_size": 6, "seed": 0}
@@ -495,9 +495,11 @@ def test_several_files_with_other_names_are_refused_and_a_single_one_is_train(tm
             load(folder)
 
 
-@pytest.mark.parametrize("other", ["de/train-00001-of-00002.csv", "en/train.csv", "en/train-00000-of-00001.csv"])
+@pytest.mark.parametrize(
+    "other", ["de/train-00001-of-00002.csv", "en/train.csv", "en/train-00000-of-00001.csv"]
+)
 def test_only_the_shards_of_one_file_are_one_split(tmp_path, other):
-    """Files of another folder, an unsharded one, or another number of shards: which is meant is not guessed."""
+    """Files of another folder, an unsharded one, or another number of shards: it is not guessed which."""
     csv(tmp_path / "en" / "train-00000-of-00002.csv", "text,label", "a,0", "b,1")
     csv(tmp_path / other, "text,label", "c,0", "d,1")
     with pytest.raises(InputError, match="two files for one split"):

@@ -192,8 +192,10 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
     "falls as well when its help ends": [(curve("while pruning")[-1] + 4, max(curve("while pruning")))],
     "has hardly begun to rise": [(curve("while fine-tuning")[-1], 65)],
     "The less a run forgets, the less they add": [
-        (gain("film, lr 3e-4, always", "film, lr 3e-4, none"), gain("film, lr 1e-3, always", "film, lr 1e-3, none")),
-        (gain("film, lr 1e-4, always", "film, lr 1e-4, none"), gain("film, lr 3e-4, always", "film, lr 3e-4, none")),
+        (gain("film, lr 3e-4, always", "film, lr 3e-4, none"),
+         gain("film, lr 1e-3, always", "film, lr 1e-3, none")),
+        (gain("film, lr 1e-4, always", "film, lr 1e-4, none"),
+         gain("film, lr 3e-4, always", "film, lr 3e-4, none")),
         (mean("parent", "film, lr 1e-3, none"), mean("parent", "film, lr 3e-4, none")),
     ],
     "Projecting conflicts away changes the result by no more than its interval": [
