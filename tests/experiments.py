@@ -581,19 +581,32 @@ def real_table():
     return table([*head, "gain in macro-F1", "n"], lines)
 
 
-def proxy_table():
-    """What the cheap score of an auxiliary task adds over an untrained network, beside what runs gained."""
-    lines = []
+def proxy_pairs():
+    """Pair -> what the cheap score adds over an untrained network, and what whole runs gained, by seed."""
+    found = {}
     for pair in PROXIES:
-        trained, untrained = (column("proxy", pair, key) for key in ("proxy", "untrained"))
+        rise = paired(column("proxy", pair, "proxy"), column("proxy", pair, "untrained"))
         file, start = ("built_in", "") if pair.startswith("built in") else ("real", f"{pair}: ")
-        key = "validation_accuracy"
-        gained = difference(file, f"{start}always", f"{start}none", key)
-        if len(trained) > 1 and gained:
-            rises = [shown(values, "+.1f") for values in (paired(trained, untrained), gained)]
-            lines.append([pair, shown(untrained), shown(trained), *rises, len(trained)])
+        gain = difference(file, f"{start}always", f"{start}none", "validation_accuracy")
+        if len(rise) > 1 and len(gain) > 1:
+            found[pair] = rise, gain
+    return found
+
+
+def rank_correlation(found):
+    """Spearman's, of the mean rises and the mean gains of `proxy_pairs`."""
+    ranks = [np.argsort(np.argsort([statistics.mean(v) for v in values])) for values in zip(*found.values())]
+    return np.corrcoef(*ranks)[0, 1]
+
+
+def proxy_table():
+    lines, found = [], proxy_pairs()
+    for pair, (rise, gain) in found.items():
+        scores = [shown(column("proxy", pair, key)) for key in ("untrained", "proxy")]
+        lines.append([pair, *scores, shown(rise, "+.1f"), shown(gain, "+.1f"), len(rise)])
     head = ["pair", "untrained, %", "after 400 steps, %", "rise, points", "gain of the runs, points", "n"]
-    return table(head, lines)
+    rho = f"Rank correlation of rise and gain over {len(lines)} pairs: {rank_correlation(found):.2f}."
+    return f"{table(head, lines)}\n{rho}\n"
 
 
 def before_table():

@@ -26,8 +26,8 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
 MODULES = {"masks": masks, "model": model, "transfer": transfer, "train": train}
 SOLUTIONS = {
-    1: 0.325, 2: 16384, 3: 0.75, 4: False, 5: True, 6: 3, 7: True,
-    8: 1.0, 9: 9, 10: False, 11: 0.0, 12: 4, 13: True,
+    1: 0.325, 2: 16384, 3: 0.55, 4: False, 5: True, 6: 3, 7: True,
+    8: 1.0, 9: 9, 10: False, 11: 0.0, 12: 4, 13: False,
 }  # fmt: skip
 
 
@@ -172,11 +172,11 @@ def curve(setting):
 
 FILM, NO_FILM = "trec_fine <- sst2, 400 labels: always", "trec_fine <- sst2, 400 labels: none"
 CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be false: (smaller, larger)
-    "closes nearly the whole gap with 50 labels already": [
+    "With 50 labels already the auxiliary task does most of the work": [
         (85, mean("built_in", "50 labels, always")), (mean("built_in", "500 labels, none"), 65),
         (90, mean("built_in", "2000 labels, none")), (90, mean("built_in", "unpruned, always")),
     ],
-    "Through the gates alone nothing arrives": [
+    "Through the gates alone no gain is measurable": [
         (mean("built_in", "gates"), 55), (mean("built_in", "always") - 4, mean("built_in", "weights")),
     ],
     "is almost lost; while pruning it is nearly as good as always": [
@@ -198,7 +198,7 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
          gain("film, lr 3e-4, always", "film, lr 3e-4, none")),
         (mean("parent", "film, lr 1e-3, none"), mean("parent", "film, lr 3e-4, none")),
     ],
-    "Projecting conflicts away changes the result by no more than its interval": [
+    "Projecting conflicts away changes nothing that these intervals could show": [
         (mean("built_in", "always") - 3, mean("built_in", "always, project")),
         (mean("built_in", "sequential") + 3, mean("built_in", "always")), (mean("built_in", "shuffled"), 56),
     ],
@@ -207,13 +207,14 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (85, mean("cuts", "built in, learned then cut, until the cut, 800", experiments.after_cut)),
         (85, mean("cuts", "built in, bottom, until the cut, 800", experiments.after_cut)),
     ],
-    "repair even a random cut": [
+    "bring even a random cut to within a few points": [
         (mean("cuts", "built in, learned then cut, goes on, 800") - 4,
          mean("cuts", "built in, random, goes on, 800")),
         (mean("cuts", "built in, random, until the cut, 800") + 10,
          mean("cuts", "built in, learned then cut, until the cut, 800")),
     ],
     "At 70 % a rule does as well as the gates": [
+        (3, experiments.same_shape("scratch, 0.7, learned", "scratch, 0.7, bottom")),
         (mean("sparsity", "scratch, 0.7, learned then cut") - 4, mean("sparsity", "scratch, 0.7, bottom")),
         (mean("built_in", "always") - 4, mean("built_in", "small dense, always")),
     ],
