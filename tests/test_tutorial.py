@@ -224,6 +224,10 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("sparsity", "parent, 0.9, bottom") + 2, mean("sparsity", "parent, 0.9, learned then cut")),
         (mean("sparsity", "parent, 0.9, random") + 4, mean("sparsity", "parent, 0.9, learned then cut")),
     ],
+    "the unrelated task harms as much": [
+        (mean("real", NO_FILM.replace("none", "always, project")) + 3, mean("real", NO_FILM)),
+        (mean("real", FILM) - 3, mean("real", NO_FILM.replace("none", "always, project"))),
+    ],
     "film reviews harm the classification of questions": [
         (statistics.mean(experiments.difference("real", FILM, NO_FILM) or [float("nan")]), 0),
     ],
