@@ -170,6 +170,11 @@ def curve(setting):
     return [100 * statistics.mean(accuracy for _, accuracy in points) for points in zip(*found)]
 
 
+def kitchen_gain(n):
+    pair = f"kitchen <- kitchen_rest, {n} labels"
+    return experiments.difference("real", f"{pair}: always", f"{pair}: none") or [float("nan")]
+
+
 FILM, NO_FILM = "trec_fine <- sst2, 400 labels: always", "trec_fine <- sst2, 400 labels: none"
 CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be false: (smaller, larger)
     "With 50 labels already the auxiliary task does most of the work": [
@@ -223,6 +228,15 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("sparsity", "scratch, 0.9, random") + 4, mean("sparsity", "scratch, 0.9, learned then cut")),
         (mean("sparsity", "parent, 0.9, bottom") + 2, mean("sparsity", "parent, 0.9, learned then cut")),
         (mean("sparsity", "parent, 0.9, random") + 4, mean("sparsity", "parent, 0.9, learned then cut")),
+    ],
+    "this classifier, trained on the examples of both, is far above the network *with* transfer, too": [
+        (mean("real", f"{pair}_rest, 200 labels: always") + 5,
+         mean("yardstick", f"{pair[:pair.index(' ')]}, 200 labels: TF-IDF, auxiliary data too"))
+        for pair in ("kitchen <- kitchen", "dvd <- dvd")
+    ],
+    "with more labels the gain is smaller": [
+        (statistics.mean(kitchen_gain(more)), statistics.mean(kitchen_gain(fewer)))
+        for more, fewer in ((1000, 200), (200, 50))
     ],
     "the unrelated task harms as much": [
         (mean("real", NO_FILM.replace("none", "always, project")) + 3, mean("real", NO_FILM)),
