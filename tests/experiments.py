@@ -12,6 +12,7 @@ are equal up to the cut share their steps until then: the row has the same bits 
 """
 
 import copy
+import functools
 import itertools
 import json
 import statistics
@@ -262,6 +263,7 @@ def texts(spec, split):
     return [line["text"] for line in lines], [line["label"] for line in lines]
 
 
+@functools.cache
 def minilm():
     """all-MiniLM-L6-v2: (function from sentences to unit vectors (N, 384), number of parameters)."""
     import torch.nn.functional as F
