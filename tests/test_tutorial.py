@@ -243,7 +243,8 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         for pair in ("kitchen <- kitchen_rest", "dvd <- dvd_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")
     ],
     "comes close to whole runs with transfer": [
-        (mean("real", f"{pair}, 200 labels: always", validation) - 4, mean("proxy", f"{pair}, 200 labels", score))
+        (mean("real", f"{pair}, 200 labels: always", validation) - 4,
+         mean("proxy", f"{pair}, 200 labels", score))
         for pair in ("kitchen <- kitchen_rest", "dvd <- dvd_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")
     ],
     "with more labels the gain is smaller": [
