@@ -508,8 +508,9 @@ def counts(splits, names):
     return {"examples": examples, "labels": dict(zip(names, labels))}
 
 
-def data_notes(train, test, names):
-    """Yield a line for everything in the target's Examples that makes its test accuracy misleading."""
+def data_notes(splits, names):
+    """Yield a line for everything in the target's splits that makes its accuracies misleading."""
+    train, test = splits["train"], splits["test"]
     trained, tested = (np.bincount(part.label, minlength=len(names)) for part in (train, test))
     if absent := [name for name, n in zip(names, trained) if n == 0]:
         yield (f"{len(absent)} of {len(names)} classes have no training example, but "
@@ -518,8 +519,9 @@ def data_notes(train, test, names):
         yield f"{again} of the test texts also occur among the training examples"
     if (cut := train.cut.mean()) > 0.1:
         yield f"{cut:.0%} of the training texts are longer than max_length and were cut"
-    if len(test.label) < 100:
-        yield f"only {len(test.label)} test texts: the test accuracy is uncertain"
+    for split in ("validation", "test"):
+        if (n := len(splits[split].label)) < 100:
+            yield f"only {n} {split} texts: the {split} accuracy is uncertain"
     if (share := tested.max() / tested.sum()) > 0.9:
         name = names[tested.argmax()][:40]
         yield f"{share:.1%} of the test texts are of class {name}: see macro-F1, not accuracy"
@@ -543,7 +545,7 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words
         raise InputError(f"n_target {n_target}: of {n_all} training examples take at least 2, or 0 for all "
                          f"({held} others are for validation and test)")
     splits["train"] = train.take(limited_subset(train.label, n_target or None, seed))
-    notes += data_notes(splits["train"], splits["test"], names)
+    notes += data_notes(splits, names)
     labels, record = {"target": names}, {"target": about | counts(splits, names)}
     if aux:
         part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)

@@ -5,6 +5,7 @@
     python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
     python tests/experiments.py yardstick           # TF-IDF and a frozen encoder; "speed": 32 texts, timed
     python tests/experiments.py proxy               # a cheap score of every auxiliary task
+    python tests/experiments.py again               # one row of every file and commit, made a second time
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
 Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
@@ -31,6 +32,7 @@ import train as loop
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARENTS = Path("out/parents")  # networks to start from, made when first needed
+UNEQUAL = ("args", "commit", "torch", "seconds", "speedup")  # what no second run of a row has to repeat
 SEEDS = range(5)
 DATA = "../shared/data/"
 
@@ -208,8 +210,8 @@ class SharedStart:
         return self.accuracies(*arguments)
 
 
-def result_of(file, setting, flags, seed):
-    """Run one setting with one seed. @NAME in the flags is that setting's structure, %NAME a parent."""
+def result_of(file, flags, seed, anew=False):
+    """Run flags with one seed, unless a row has them. @NAME is that setting's structure, %NAME a parent."""
     with tempfile.TemporaryDirectory() as folder:
         words = flags.partition("@")[0].split()
         if other := flags.partition("@")[2]:
@@ -221,7 +223,7 @@ def result_of(file, setting, flags, seed):
         args = loop.parse_args([*words, "--seed", str(seed), "--out_dir", f"{folder}/out", "--device", "cpu"])
         recorded = {**vars(args), "out_dir": "out", **({"structure": f"@{other}"} if other else {})}
         for row in (row for name in FILES for row in rows(name)):
-            if row["args"] == recorded:  # settings of two tables may be the same run
+            if row["args"] == recorded and not anew:  # settings of two tables may be the same run
                 return {key: value for key, value in row.items() if key not in ("setting", "flags")}
         result = loop.train(args)
         history = [json.loads(line) for line in open(f"{folder}/out/history.jsonl")]
@@ -249,9 +251,28 @@ def run(part=0, parts=1, *files):
             shared.kept.clear()
             for setting, flags in unit:
                 if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
-                    began, result = time.time(), result_of(file, setting, flags, seed)
+                    began, result = time.time(), result_of(file, flags, seed)
                     append(file, {**result, "setting": setting, "flags": flags})
                     print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
+
+
+def again(part=0, parts=1):
+    """Make one row of every file and commit, that in the middle, with the code of today, and compare its bits:
+    rows of several commits stand in one table because the arithmetic did not change.
+    """
+    groups, done = {}, {(row["file"], row["made"]) for row in rows("again")}
+    for file in FILES:
+        for row in rows(file):
+            groups.setdefault((file, row["commit"]), []).append(row)
+    for (file, made), group in [*groups.items()][int(part) :: int(parts)]:
+        if (file, made) not in done:
+            old = group[len(group) // 2]
+            new = json.loads(json.dumps(result_of(file, old["flags"], old["seed"], anew=True)))
+            keys = [k for k in old if k in new and k not in UNEQUAL and not k.startswith("latency")]
+            differ = [key for key in keys if old[key] != new[key]]
+            row = {"file": file, "made": made, "setting": old["setting"], "seed": old["seed"]}
+            append("again", {**row, "commit": new["commit"], "compared": keys, "differ": differ})
+            print(f"{file}, {made}: {old['setting']}, seed {old['seed']}: differ {differ}", flush=True)
 
 
 # ----------------------------------------------------------------------------- yardsticks
@@ -667,11 +688,14 @@ def yardstick_table():
 
 
 def commits():
-    """How many rows every file has, and the commits they were made with, as a list."""
+    """How many rows every file has, their commits, and how many of those made `again` have the same bits."""
     lines = []
     for file in FILES:
         names = ", ".join(sorted({row["commit"] for row in rows(file)}))
         lines.append(f"* {file}.jsonl: {len(rows(file))} rows, commits {names}\n")
+    second, at = rows("again"), ", ".join(sorted({row["commit"] for row in rows("again")}))
+    same = sum(not row["differ"] for row in second)
+    lines.append(f"* made again, one of each of these: {len(second)} at {at}, {same} with the same bits\n")
     return "".join(lines)
 
 
@@ -746,5 +770,5 @@ def pictures():
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = (run, yardstick, speed, proxy, tables, pictures)
+    actions = (run, again, yardstick, speed, proxy, tables, pictures)
     {action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])

@@ -648,6 +648,7 @@ def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
     assert "100% of the training texts are longer than max_length" in notes(max_length=4)
     assert "longer" not in notes(max_length=5)
     assert "only 7 test texts" in notes(test=test[:7])
+    assert "only 9 validation texts" in notes(validation=held_out["validation"][:9])
     rare = [row | {"label": "yes" if i == 0 else "no"} for i, row in enumerate(test)]
     assert "99.2% of the test texts are of class no" in notes(test=rare)
 
