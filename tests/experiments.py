@@ -32,7 +32,7 @@ import train as loop
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARENTS = Path("out/parents")  # networks to start from, made when first needed
-UNEQUAL = ("args", "commit", "torch", "seconds", "speedup")  # what no second run of a row has to repeat
+UNEQUAL = ("args", "notes", "commit", "torch", "seconds", "speedup")  # what a second run need not repeat
 SEEDS = range(5)
 DATA = "../shared/data/"
 
@@ -257,7 +257,7 @@ def run(part=0, parts=1, *files):
 
 
 def again(part=0, parts=1):
-    """Make one row of every file and commit, that in the middle, with the code of today, and compare its bits:
+    """Make one row of every file and commit, the one in the middle, with today's code, and compare the bits:
     rows of several commits stand in one table because the arithmetic did not change.
     """
     groups, done = {}, {(row["file"], row["made"]) for row in rows("again")}
