@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train as loop
-from test_train import ROOT, command, run_main, weights
+from test_train import ROOT, run_main, weights
 from test_transfer import sentences, small_task, write
 
 TIMES = ("seconds", "latency_dense_ms", "latency_pruned_ms", "speedup", "args")
 FLAGS = (
-    "--steps 400 --prune_start 100 --prune_ramp 60 --finetune_steps 140 --gate_lr 0.2 "
-    "--n_layer 2 --d_model 16 --sparsity 0.5 --transfer_start 80 --checkpoint_every 40"
+    "--steps 240 --prune_start 60 --prune_ramp 40 --finetune_steps 80 --gate_lr 0.4 "
+    "--n_layer 2 --d_model 16 --sparsity 0.5 --transfer_start 50 --checkpoint_every 40"
 ).split()
 TINY = "--steps 2 --finetune_steps 1 --sparsity 0 --n_layer 1 --n_head 1 --d_model 4".split()
 
@@ -66,7 +66,7 @@ def wait_for_step(process, folder, step):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(folder).wait() == 0
+    assert run_main(*FLAGS, "--out_dir", folder) == (0, "")
     return folder
 
 
@@ -74,72 +74,70 @@ def test_a_run_killed_in_every_phase_and_resumed_ends_as_if_it_had_not_been(tmp_
     """SIGKILL before the first checkpoint, then at a random moment of the dense, pruning and fine-tuning
     phases."""
     rng = random.Random(0)
-    for moment in [0, rng.randrange(0, 100), rng.randrange(100, 260), rng.randrange(260, 360)]:
+    for moment in [0, rng.randrange(0, 60), rng.randrange(60, 160), rng.randrange(160, 200)]:
         process = start(tmp_path, "--resume")
         if moment:
             wait_for_step(process, tmp_path, moment)
         time.sleep(rng.random() * (0.05 if moment else 2))
         process.kill()
         process.wait()
-    assert start(tmp_path, "--resume").wait() == 0
+    assert run_main(*FLAGS, "--out_dir", tmp_path, "--resume") == (0, "")
     assert same(tmp_path, undisturbed) and not (tmp_path / "checkpoint.pt").exists()
     assert (tmp_path / "history.jsonl").read_text() == (undisturbed / "history.jsonl").read_text()
 
 
 def test_what_a_kill_leaves_of_a_checkpoint_is_removed_by_the_next_run(tmp_path):
     tmp_path.joinpath("checkpoint.pt.tmp").write_bytes(b"half")
-    assert run_main(*FLAGS, "--out_dir", tmp_path)[0] == 0
+    assert run_main(*TINY, "--out_dir", tmp_path)[0] == 0
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_interrupted_run_writes_a_checkpoint_says_so_and_goes_on(tmp_path, undisturbed):
     """Stopped by Ctrl-C, resumed, stopped by the signal of a batch system, resumed: as if it had not been."""
-    for number, step in ((signal.SIGINT, 100), (signal.SIGTERM, 300)):
+    for number, step in ((signal.SIGINT, 100), (signal.SIGTERM, 200)):
         process = start(tmp_path, "--resume", "--checkpoint_every", "100")
         wait_for_step(process, tmp_path, step)
         process.send_signal(number)
         error = process.communicate()[1]
         assert process.returncode == 130 and error.count("\n") == 1 and "--resume" in error
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] % 100  # written on demand
-    assert start(tmp_path, "--resume").wait() == 0 and same(tmp_path, undisturbed)
+    assert run_main(*FLAGS, "--out_dir", tmp_path, "--resume") == (0, "") and same(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("stop", [7, 30, 50])
-def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
+def test_a_resumed_run_with_a_parent_and_a_given_structure_ends_in_the_same_bits(tmp_path, monkeypatch):
     """Stopped in the dense phase, before the cut and after it; with another file as the structure it does
     not go on."""
-    small = (
-        "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 --d_model 8"
-    )
-    small = [*small.split(), "--sparsity", "0.5"]
-    go = lambda name, *flags: loop.train(
-        loop.parse_args([*small, *map(str, flags), "--out_dir", str(tmp_path / name)])
-    )
+    small = "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1"
+    small += " --n_layer 2 --d_model 8 --sparsity 0.5"
+    structure, real = tmp_path / "learned" / "result.json", loop.task_loss
+
+    def go(name, *flags):
+        words = [*small.split(), *map(str, flags), "--out_dir", str(tmp_path / name)]
+        loop.train(loop.parse_args(words))
+
     go("parent", "--target", "reviews:film", "--sparsity", 0, "--steps", 30)
     go("learned")
-    flags = ["--init", tmp_path / "parent" / "pruned.pt", "--structure", tmp_path / "learned" / "result.json"]
-    flags += ["--transfer_start", 0]
-    go("whole", *flags)
-    real = loop.task_loss
-
-    def signalled(*args):
-        if args[-2] == stop:
-            loop.CAUGHT.append(signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(loop, "task_loss", signalled)
-    with pytest.raises(KeyboardInterrupt):
-        go("stopped", *flags)
-    loop.CAUGHT.clear()
-    monkeypatch.undo()
-    structure = tmp_path / "learned" / "result.json"
     written = structure.read_text()
-    structure.write_text(written + "\n")
-    with pytest.raises(loop.InputError, match="has structure file .*: use the same"):
-        go("stopped", *flags, "--resume")
-    structure.write_text(written)
-    go("stopped", *flags, "--resume")
-    assert same(tmp_path / "whole", tmp_path / "stopped")
+    flags = ["--init", tmp_path / "parent" / "pruned.pt", "--structure", structure, "--transfer_start", 0]
+    go("whole", *flags)
+    for stop in (7, 30, 50):
+
+        def signalled(*args):
+            if args[-2] == stop:
+                loop.CAUGHT.append(signal.SIGTERM)
+            return real(*args)
+
+        monkeypatch.setattr(loop, "task_loss", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            go(f"stopped at {stop}", *flags)
+        loop.CAUGHT.clear()
+        monkeypatch.setattr(loop, "task_loss", real)
+        structure.write_text(written + "\n")
+        with pytest.raises(loop.InputError, match="has structure file .*: use the same"):
+            go(f"stopped at {stop}", *flags, "--resume")
+        structure.write_text(written)
+        go(f"stopped at {stop}", *flags, "--resume")
+        assert same(tmp_path / "whole", tmp_path / f"stopped at {stop}")
 
 
 def test_unusable_checkpoints_are_refused_with_what_to_do(tmp_path):
@@ -424,17 +422,13 @@ def test_nothing_phones_home(tmp_path):
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
+        f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()\n"
+        f"sys.argv += ['--target', {str(local)!r}, '--aux', {str(local)!r}, '--n_target', '0']; train.main()"
     )
     online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    for flags in ([], ["--target", local, "--aux", local, "--n_target", "0"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *TINY, *flags, "--out_dir", tmp_path / "out"],
-            capture_output=True,
-            text=True,
-            env=online,
-        )
-        assert done.returncode == 0, done.stderr
+    line = [sys.executable, "-c", code, *TINY, "--out_dir", tmp_path / "out"]
+    done = subprocess.run(line, capture_output=True, text=True, env=online)
+    assert done.returncode == 0 and done.stdout.count("macro-F1") == 2, done.stderr
 
 
 # ---- determinism and several processes
@@ -451,7 +445,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         "--steps 40 --prune_start 8 --prune_ramp 16 --finetune_steps 12 --gate_lr 2 --n_layer 2 "
         "--d_model 16 --sparsity 0.5 --transfer_start 4 --coupling project --lr 3e-5"
     ).split()
-    assert command(*flags, "--out_dir", tmp_path / "one").returncode == 0
+    assert run_main(*flags, "--out_dir", tmp_path / "one") == (0, "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
