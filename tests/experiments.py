@@ -87,6 +87,9 @@ for name, flags in RECIPES.items():
     REAL[f"{FINE}: {name}, no smoothing"] = f"{task_flags(FINE)} {flags} --label_smoothing 0"
 UNRELATED = "trec_fine <- sst2, 400 labels"
 REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {ALWAYS} --coupling project"
+WHOLE = [pair for pair in PAIRS if "200 labels" in pair]
+for pair in WHOLE:  # what pruning costs
+    REAL[f"{pair}: always, unpruned"] = f"{task_flags(pair)} {ALWAYS} --sparsity 0"
 
 # what is cut in one step keeps the network of dense training; "@NAME" is the result.json of another setting
 TASKS = {"built in": "", "trec_coarse": task_flags("trec_coarse <- trec_fine, 200 labels")}
@@ -115,6 +118,10 @@ for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
         SPARSITY[f"{name}, bottom"] = f"{flags} --structure bottom"
         for i in range(3):
             SPARSITY[f"{name}, random {i}"] = f"{flags} --structure random --structure_seed {i}"
+# other rules for the four heads that fit at 90 %: the gates often find two layers with two heads each
+RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
+for start, rule in itertools.product(("scratch", "parent"), RULES):
+    SPARSITY[f"{start}, 0.9, {rule}"] = f"{SPARSITY[f'{start}, 0.9, learned']} --structure @{rule}"
 for cut in (0.8, 0.9):
     for structure in ("learned", "learned then cut", "bottom", "random 0", "random 1", "random 2"):
         for start in ("scratch", "parent"):
@@ -211,12 +218,15 @@ class SharedStart:
 
 
 def result_of(file, flags, seed, anew=False):
-    """Run flags with one seed, unless a row has them. @NAME is that setting's structure, %NAME a parent."""
+    """Run flags with one seed, unless a row has them. @NAME: a setting's or a rule's structure, %NAME: parent."""
     with tempfile.TemporaryDirectory() as folder:
         words = flags.partition("@")[0].split()
         if other := flags.partition("@")[2]:
-            row = next(r for r in rows(file) if r["setting"] == other and r["seed"] == seed)
-            structure = {key: row[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")}
+            if other in RULES:
+                structure = {"heads_kept": RULES[other], "ffn_kept": [0] * 4, "target_sparsity": 0.9}
+            else:
+                row = next(r for r in rows(file) if r["setting"] == other and r["seed"] == seed)
+                structure = {key: row[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")}
             Path(folder, "result.json").write_text(json.dumps(structure))
             words.append(f"{folder}/result.json")
         words = [parent_network(word[1:], seed) if word.startswith("%") else word for word in words]
@@ -595,6 +605,28 @@ def sparsity_table():
     return table([*head, *KINDS, *DIFFERENCES], lines)
 
 
+def rules_table():
+    """At 90 %, where four heads fit: the gates' structure and three rules, cut from the same networks."""
+    lines, kinds = [], ("learned then cut", "bottom", *RULES)
+    for start in ("scratch", "parent"):
+        found = [column("sparsity", f"{start}, 0.9, {kind}") for kind in kinds]
+        if all(len(values) > 1 for values in found):
+            gains = [shown(paired(found[0], values), "+.1f") for values in found[1:]]
+            lines.append([start, *map(shown, found), *gains, len(found[0])])
+    minus = [f"learned then cut minus {kind}" for kind in kinds[1:]]
+    return table(["start", *kinds, *minus, "n"], lines)
+
+
+def unpruned_table():
+    """What pruning costs on real text, with transfer from the first step on."""
+    lines = []
+    for pair in WHOLE:
+        pruned, whole = (column("real", f"{pair}: {name}") for name in ("always", "always, unpruned"))
+        if len(cost := paired(pruned, whole)) > 1:
+            lines.append([pair, shown(whole), shown(pruned), shown(cost, "+.1f"), len(cost)])
+    return table(["pair", "unpruned, %", "pruned by 70 %, %", "difference, points", "n"], lines)
+
+
 def parent_table():
     lines = []
     for setting in PARENT:
@@ -612,6 +644,8 @@ def real_table():
     lines = []
     for setting in REAL:
         pair, recipe = setting.split(": ")
+        if recipe == "always, unpruned":  # in a table of its own
+            continue
         none, always = f"{pair}: none", f"{pair}: always"
         keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
         scores = [column("real", setting, key) for key in keys]
@@ -711,6 +745,8 @@ def tables():
         "size": simple("built_in", ["none", "always", *dense]),
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
         "sparsity": sparsity_table(),
+        "rules": rules_table(),
+        "unpruned": unpruned_table(),
         "parent": parent_table(),
         "real": real_table(),
         "before": before_table(),
