@@ -169,7 +169,7 @@ def select(prob, sparsity, head_size, ffn_size):
     prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the requested one,
     and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
     layer by layer, cannot miss the budget: it also keeps improbable units, if there is room, and of equally
-    probable ones those of the lower layer.
+    probable ones heads before feed-forward sublayers, and lower layers before higher ones.
 
     A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and
     may drop all of them at once. Therefore the most probable one comes first, provided that it leaves room

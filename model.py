@@ -45,7 +45,8 @@ def words(text, max_length):
     if not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"a text is a string or a tuple of strings, not {text!r:.80}")
     room = max(1, max_length - (len(parts) - 1))  # words, beside the <sep> between parts
-    found = [WORD.findall(normalise(part.lstrip()[: 32 * room]))[:room] for part in parts]
+    starts = [" ".join(part.split(maxsplit=room)[:room])[: 32 * room] for part in parts]
+    found = [WORD.findall(normalise(start))[:room] for start in starts]
     while sum(len(part) for part in found) > room:
         max(reversed(found), key=len).pop()  # of equally long parts the last one is cut
     joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]  # none before the first part
@@ -238,7 +239,7 @@ def main():
     except Exception:  # whatever a missing, truncated or foreign file provokes
         fail(f"{sys.argv[1]} is not a network that train.py saved")
     try:
-        texts = sys.stdin.buffer.read().decode().replace("\r\n", "\n")
+        texts = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         fail(f"the texts are not UTF-8: {error}")
     lines = texts.removesuffix("\n").split("\n") if texts else []

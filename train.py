@@ -9,7 +9,7 @@
     dense training | target sparsity rises | held at its full value   | structure fixed, fine-tune  |
          transfer_start ........................................ transfer_stop
 
-Read `train` first; what it calls stands below it, in the order of the calls.
+Read `train` first; what it calls stands below it, by topic, and the check of the flags above it.
 """
 
 import argparse
@@ -94,6 +94,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.aux is None:  # a user's task trains alone unless a second one is named
         args.aux = "reviews:film" if args.target == "reviews:restaurant" else "none"
+    if args.aux == "none":
+        args.aux_weight = 0.0
     return args
 
 
@@ -116,7 +118,7 @@ def check(args):
     except (RuntimeError, AssertionError):
         fail(f"device {args.device} is not available here")
     teaches = args.aux_weight and args.transfer_start < min(args.transfer_stop, args.steps)
-    if args.baseline and (args.aux == "none" or not teaches):
+    if args.baseline and not teaches:
         fail("--baseline compares with a run without transfer, and this is one")
     if args.d_model % args.n_head:
         fail(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
@@ -211,7 +213,7 @@ def train(args):
             penalty = run.controller.penalty(gap)
         if step >= args.target_start:
             loss_target = task_loss(run.net, gates, target, step, args)
-        if auxiliary and aux_weight:
+        if aux_weight:
             loss_aux = task_loss(run.net, gates, auxiliary, step, args)
 
         # how: the gradients of the two tasks are coupled
@@ -239,7 +241,7 @@ def train(args):
         bar.set_postfix(terms, phase=phase, refresh=False)
         if writes and (run.step % EVAL_EVERY == 0 or run.step == args.steps):
             scores = evaluate(run.net, data.validation, gates.deterministic() if gates else None, args.device)
-            row = {"step": run.step, "phase": phase, "aux_weight": aux_weight if auxiliary else 0.0, **terms,
+            row = {"step": run.step, "phase": phase, "aux_weight": aux_weight, **terms,
                    "target_sparsity": target_sparsity, **gate_numbers(run, gates, sizes), **run.cut,
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             run.history.append(row)
@@ -304,7 +306,7 @@ def read_parent(args):
     if not args.init:
         return None
     try:
-        parent = model.GatedTransformer.load(args.init)
+        parent = model.GatedTransformer.load(args.init).to(args.device)
     except Exception:  # whatever a missing, truncated or foreign file provokes
         fail(f"init: {args.init} is not a network that train.py saved")
     must_match(vars(parent.config), shape(args), f"init: {args.init}", "a parent is dense and of this shape")
@@ -326,7 +328,7 @@ def load(args, parent=None):
                             parent_words=parent.vocab if parent else [])
     if args.aux_shuffle and data.aux:
         np.random.default_rng(args.seed).shuffle(data.aux.label)
-    if data.aux and args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
+    if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
         data.notes.append(f"no transfer: transfer_start {args.transfer_start} is not before transfer_stop, "
                           f"or not before the last of {args.steps} steps")
     if rank_and_world()[0] == 0:
@@ -573,7 +575,9 @@ def evaluate(net, examples, z, device):
     label smoothing); precision, recall and f1 of every class; confusion (true class, predicted class).
     """
     order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
-    parts = np.array_split(order, max(1, len(order) // 256))
+    longest = max(256, np.diff(examples.start).max())
+    at_once = max(1, 256**3 // longest**2)  # texts, 256 or fewer: attention scores take longest**2 a text
+    parts = np.array_split(order, max(1, len(order) // at_once))
     logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts])
     labels = torch.from_numpy(examples.label[order]).long().to(device)
     C = logits.shape[1]

@@ -234,14 +234,14 @@ def find_splits(spec):
     """
     name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
     files = files_by_name(name) if os.path.isdir(name) and not config else {}
-    if os.path.isfile(name):
+    if os.path.isfile(name) and not config:
         if Path(name).suffix.lower() not in KINDS:
             raise InputError(f"cannot load {name}: only {', '.join(KINDS)} files are read")
         files = {"train": [name]}
     elif not os.path.isdir(name):
         hub_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
         if not hub_like or Path(name).suffix.lower() in KINDS:  # the hub can take long to say no
-            raise InputError(f"no such file or folder: {name!r}")
+            raise InputError(f"no such file or folder: {spec!r}")
         spec += " (no file or folder; looked for on the hub)"
     return files or dict(read(spec, name, name=config or None))
 
@@ -390,10 +390,9 @@ def tokenize(pairs, max_length, word_id, label_id):
 
 
 def fingerprint(examples, names):
-    """A short hash of the texts and class names of Examples, whatever the order of their rows."""
+    """A short hash of the texts and class names of Examples, and of their order: a run depends on it."""
     label = np.array([hash64(name) for name in names], dtype=np.uint64)[examples.label]
-    order = np.lexsort((label, examples.text_hash))
-    return hashlib.sha256(np.stack([examples.text_hash, label])[:, order].tobytes()).hexdigest()[:12]
+    return hashlib.sha256(np.stack([examples.text_hash, label]).tobytes()).hexdigest()[:12]
 
 
 def held_out(text_hash):
@@ -438,6 +437,8 @@ def load_task(source, wanted, max_length, word_id):
     if spec.startswith("reviews:"):
         if (domain := spec.removeprefix("reviews:")) not in NOUNS:
             raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
+        if source.text_columns or source.label_column:
+            raise InputError(f"{spec} has one text and one label: there is no column to name")
         pairs, notes = reviews(domain), []
         record = {"text_columns": ["text"], "label_column": "label", "splits": dict.fromkeys(wanted, spec)}
     else:

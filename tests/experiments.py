@@ -8,8 +8,8 @@
     python tests/experiments.py again               # one row of every file and commit, made a second time
     python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
 
-Every row is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there. Runs that
-are equal up to the cut share their steps until then: the row has the same bits as that of its flags alone.
+The row of a run is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there.
+Runs that are equal up to the cut share their steps until then: the bits are those of the flags alone.
 """
 
 import copy
@@ -32,7 +32,7 @@ import train as loop
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARENTS = Path("out/parents")  # networks to start from, made when first needed
-UNEQUAL = ("args", "notes", "commit", "torch", "seconds", "speedup")  # what a second run need not repeat
+UNEQUAL = ("args", "data", "notes", "setting", "commit", "torch", "seconds", "speedup")  # not for `again`
 SEEDS = range(5)
 DATA = "../shared/data/"
 
@@ -213,12 +213,13 @@ class SharedStart:
 
     def keep_and_measure(self, *arguments):
         """The first accuracies that a run takes are those before its cut: its state then is kept."""
-        self.kept.setdefault(self.key, copy.deepcopy(self.run))
+        if self.key not in self.kept:
+            self.kept[self.key] = copy.deepcopy(self.run)
         return self.accuracies(*arguments)
 
 
 def result_of(file, flags, seed, anew=False):
-    """Run flags with one seed, unless a row has them. @NAME: a setting's or a rule's structure, %NAME: parent."""
+    """Run flags with a seed, unless a row has them. @NAME: structure of a setting or rule; %NAME: parent."""
     with tempfile.TemporaryDirectory() as folder:
         words = flags.partition("@")[0].split()
         if other := flags.partition("@")[2]:

@@ -274,6 +274,7 @@ def test_words_are_lower_case_limited_and_never_none():
     assert words(("a b", "c d"), 1) == ["a"] and len(words(("a b", "c d"), 2)) == 2
     assert words("<pad>", 5) == ["<", "pad", ">"]
     assert len(words("x " * 10_000_000, 64)) == 64
+    assert words("a" + " " * 5000 + "b", 2) == ["a", "b"]  # spaces are not what is limited
 
 
 def test_one_word_in_several_spellings_is_one_word():
@@ -352,6 +353,8 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     line = [sys.executable, "model.py", tmp_path / "pruned.pt"]  # as a user types it
     assert subprocess.run(line, input=texts, capture_output=True).stdout.decode() == out
     assert command(tmp_path / "pruned.pt", b"")[:2] == (0, "")  # no text, no label
+    mark = b"\xef\xbb\xbf"  # with which some editors begin a file
+    assert command(tmp_path / "pruned.pt", mark + texts)[1] == out
     odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else
     assert command(tmp_path / "pruned.pt", odd.encode())[1].count("\n") == 2
     for path, texts, reason in (

@@ -186,7 +186,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path, m
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
-    """Two labels swapped are other data, though the words and the numbers of examples are the same."""
+    """Two labels swapped are other data, and so are rows in another order: a run depends on it."""
     rows = sentences(20)
     write(tmp_path / "task", "train.jsonl", rows)
     real = loop.task_loss
@@ -195,10 +195,12 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
     flags = [*TINY, *flags, "--steps", 40, "--checkpoint_every", 20]
     assert run_main(*flags)[0] == 2 and (tmp_path / "out" / "checkpoint.pt").exists()
     monkeypatch.undo()
-    rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
-    write(tmp_path / "task", "train.jsonl", rows)
-    code, error = run_main(*flags, "--resume")
-    assert code == 2 and "has target data " in error
+    first, second, *others = rows
+    swapped = [first | {"label": second["label"]}, second | {"label": first["label"]}, *others]
+    for changed in (swapped, rows[::-1]):
+        write(tmp_path / "task", "train.jsonl", changed)
+        code, error = run_main(*flags, "--resume")
+        assert code == 2 and "has target data " in error
 
 
 def test_a_finished_run_is_not_made_again_by_resuming_it(tmp_path):

@@ -212,6 +212,22 @@ def test_learning_rate_warms_up_stays_and_ends_near_zero():
     assert lr[2600] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("longest, at_once", [(64, 300), (256, 300), (1024, 17), (4096, 1)])
+def test_an_evaluation_reads_fewer_texts_at_once_the_longer_they_are(longest, at_once):
+    """Attention scores take the square of the length, for every text that is read at once."""
+    shapes = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, ids, task, z):
+            shapes.append(ids.shape)
+            return torch.zeros(len(ids), 2)
+
+    start = np.arange(301) * longest
+    examples = Examples(np.zeros(start[-1], dtype=int), start, np.zeros(300, dtype=int))
+    assert loop.evaluate(Watched(), examples, None, "cpu")["accuracy"] == 1
+    assert max(B for B, _ in shapes) == at_once and sum(B for B, _ in shapes) == 300
+
+
 def test_scores_by_hand():
     """Confusion counts written out; a class that is only predicted, or only present, counts with F1 0, and
     one that is neither does not count."""
@@ -541,6 +557,7 @@ def test_a_users_target_trains_alone_unless_an_auxiliary_task_is_named():
     assert named() == named("--target", "reviews:restaurant") == "reviews:film"
     assert named("--target", "mine.csv") == named("--target", "reviews:film") == "none"
     assert named("--target", "mine.csv", "--aux", "other.csv") == "other.csv"
+    assert loop.parse_args(["--target", "mine.csv", "--aux_weight", "0.3"]).aux_weight == 0  # as it is at work
 
 
 def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_path, capsys):
