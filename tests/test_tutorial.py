@@ -237,6 +237,11 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
         (mean("sparsity", "parent, 0.9, bottom") + 2, mean("sparsity", "parent, 0.9, learned then cut")),
         (mean("sparsity", "parent, 0.9, random") + 4, mean("sparsity", "parent, 0.9, learned then cut")),
     ],
+    "two heads in each of the two lowest layers are closer to the gates": [
+        (mean("sparsity", f"{start}, 0.9, {smaller}") + 2, mean("sparsity", f"{start}, 0.9, {larger}"))
+        for start in ("scratch", "parent")
+        for smaller, larger in (("bottom", "two layers"), ("two layers", "learned then cut"))
+    ],
     "this classifier, trained on the examples of both, is above the network *with* transfer, too": [
         (mean("real", f"{pair}, 200 labels: always") + 3,
          mean("yardstick", f"{pair.split()[0]}, 200 labels: TF-IDF, auxiliary data too"))
