@@ -87,7 +87,8 @@ for name, flags in RECIPES.items():
     REAL[f"{FINE}: {name}, no smoothing"] = f"{task_flags(FINE)} {flags} --label_smoothing 0"
 UNRELATED = "trec_fine <- sst2, 400 labels"
 REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {ALWAYS} --coupling project"
-WHOLE = [pair for pair in PAIRS if "200 labels" in pair]
+WHOLE = ("kitchen <- kitchen_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")
+WHOLE = [f"{pair}, 200 labels" for pair in WHOLE]
 for pair in WHOLE:  # what pruning costs
     REAL[f"{pair}: always, unpruned"] = f"{task_flags(pair)} {ALWAYS} --sparsity 0"
 
