@@ -800,9 +800,11 @@ def pictures():
             found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
             x = [100 * cut + 0.7 * shift for cut in cuts]
             curve(axis, x, found, color=colour, marker=mark, label=kind)
+        rule = column("sparsity", f"{start}, 0.9, two layers")
+        curve(axis, [91.4], [rule], color=grey, marker="D", label="two layers")
         axis.set(title=title, xlabel="sparsity, %", xticks=[100 * cut for cut in cuts])
     axes[0].set_ylabel("test accuracy, %")
-    axes[1].legend(loc="lower left")
+    axes[1].legend(loc="lower left", ncols=2)
     figure.savefig(RESULTS / "sparsity.png", dpi=110)
 
 
