@@ -574,9 +574,9 @@ def evaluate(net, examples, z, device):
     accuracy, macro_f1 (the mean over classes that occur or are predicted), loss (nats per example, without
     label smoothing); precision, recall and f1 of every class; confusion (true class, predicted class).
     """
-    order = np.argsort(np.diff(examples.start), kind="stable")  # similar lengths together: little padding
-    longest = max(256, np.diff(examples.start).max())
-    at_once = max(1, 256**3 // longest**2)  # texts, 256 or fewer: attention scores take longest**2 a text
+    length = np.diff(examples.start)
+    order = np.argsort(length, kind="stable")  # similar lengths together: little padding
+    at_once = max(1, 256**3 // max(256, length.max()) ** 2)  # texts: their attention scores take length**2
     parts = np.array_split(order, max(1, len(order) // at_once))
     logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts])
     labels = torch.from_numpy(examples.label[order]).long().to(device)

@@ -87,9 +87,8 @@ for name, flags in RECIPES.items():
     REAL[f"{FINE}: {name}, no smoothing"] = f"{task_flags(FINE)} {flags} --label_smoothing 0"
 UNRELATED = "trec_fine <- sst2, 400 labels"
 REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {ALWAYS} --coupling project"
-WHOLE = ("kitchen <- kitchen_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")
-WHOLE = [f"{pair}, 200 labels" for pair in WHOLE]
-for pair in WHOLE:  # what pruning costs
+WHOLE = ("kitchen <- kitchen_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")  # what pruning costs
+for pair in (f"{name}, 200 labels" for name in WHOLE):
     REAL[f"{pair}: always, unpruned"] = f"{task_flags(pair)} {ALWAYS} --sparsity 0"
 
 # what is cut in one step keeps the network of dense training; "@NAME" is the result.json of another setting
@@ -622,11 +621,14 @@ def rules_table():
 def unpruned_table():
     """What pruning costs on real text, with transfer from the first step on."""
     lines = []
-    for pair in WHOLE:
+    for pair in (f"{name}, 200 labels" for name in WHOLE):
         pruned, whole = (column("real", f"{pair}: {name}") for name in ("always", "always, unpruned"))
-        if len(cost := paired(pruned, whole)) > 1:
-            lines.append([pair, shown(whole), shown(pruned), shown(cost, "+.1f"), len(cost)])
-    return table(["pair", "unpruned, %", "pruned by 70 %, %", "difference, points", "n"], lines)
+        left = statistics.mean(row["params_pruned"] / row["params_dense"] for row in rows("real")
+                               if row["setting"] == f"{pair}: always")
+        cost = paired(pruned, whole)
+        lines.append([pair, f"{1 - left:.1%}", shown(whole), shown(pruned), shown(cost, "+.1f"), len(cost)])
+    head = ["pair", "cut of all weights", "unpruned, %", "pruned by 70 %, %", "difference, points", "n"]
+    return table(head, lines)
 
 
 def parent_table():
@@ -729,7 +731,8 @@ def commits():
     for file in FILES:
         names = ", ".join(sorted({row["commit"] for row in rows(file)}))
         lines.append(f"* {file}.jsonl: {len(rows(file))} rows, commits {names}\n")
-    second, at = rows("again"), ", ".join(sorted({row["commit"] for row in rows("again")}))
+    second = rows("again")
+    at = ", ".join(sorted({row["commit"] for row in second}))
     same = sum(not row["differ"] for row in second)
     lines.append(f"* made again, one of each of these: {len(second)} at {at}, {same} with the same bits\n")
     return "".join(lines)

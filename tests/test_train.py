@@ -557,7 +557,7 @@ def test_a_users_target_trains_alone_unless_an_auxiliary_task_is_named():
     assert named() == named("--target", "reviews:restaurant") == "reviews:film"
     assert named("--target", "mine.csv") == named("--target", "reviews:film") == "none"
     assert named("--target", "mine.csv", "--aux", "other.csv") == "other.csv"
-    assert loop.parse_args(["--target", "mine.csv", "--aux_weight", "0.3"]).aux_weight == 0  # as it is at work
+    assert loop.parse_args(["--target", "mine.csv", "--aux_weight", "0.3"]).aux_weight == 0  # as at work
 
 
 def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_path, capsys):
