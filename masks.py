@@ -35,7 +35,10 @@ A bias behind a gate has to be gated too, or a closed unit still contributes: li
 bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is
 the identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay, and
 evaluate with gates.deterministic() while you prune. After the ramp gates need about (INIT + LIMIT) / lr more
-steps to settle, with their own lr. `extract` in model.py shows how units are cut out of the weights.
+steps to settle, with their own lr. A network of half precision takes the gates as z.to(x.dtype); log_alpha
+stays float32. Whole sublayers are cut by leaving them out of the loop over layers; single heads cannot be cut
+out of nn.MultiheadAttention, whose width is heads times head size: keep their zeros there, or use an
+attention of your own, as in model.py, where `extract` shows how units are cut out of the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
 (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -54,7 +57,8 @@ def sample_z(log_alpha, generator=None):
     """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Shape in = shape out."""
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
+    z = (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
+    return z.to(log_alpha.dtype)
 
 
 def prob_open(log_alpha):
@@ -67,8 +71,8 @@ def deterministic_z(log_alpha):
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-class Z(NamedTuple):
-    """One number in [0, 1] per head and feed-forward sublayer: a gate, or the probability that it is open."""
+class Units(NamedTuple):
+    """One number in [0, 1] per prunable unit: its gate, its probability, or 1 if it is kept, else 0."""
 
     head: torch.Tensor  # (L, H), the gate of the attention sublayer already multiplied in
     ffn: torch.Tensor  # (L,)
@@ -86,22 +90,22 @@ class Gates(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((n_layer, n_head + 2), INIT))  # (L, H + 2)
 
     def combine(self, unit):
-        """The one place where gates combine: a number per gate (L, H + 2) to a Z. A head is open if its own
+        """The one place where gates combine: a number per gate (L, H + 2) to Units. A head is open if its own
         gate and that of its sublayer are, so that gates multiply, and so do probabilities.
         """
         head, attn, ffn = unit[:, :-2], unit[:, -2:-1], unit[:, -1]
-        return Z(head * attn, ffn)
+        return Units(head * attn, ffn)
 
     def sample(self, generator=None):
-        """Random gates for a training step, as a Z."""
+        """Random gates for a training step, as Units."""
         return self.combine(sample_z(self.log_alpha, generator))
 
     def deterministic(self):
-        """The gates for evaluation, as a Z."""
+        """The gates for evaluation, as Units."""
         return self.combine(deterministic_z(self.log_alpha))
 
     def prob_open(self):
-        """P(open) of every head and feed-forward sublayer, as a Z."""
+        """P(open) of every head and feed-forward sublayer, as Units."""
         return self.combine(prob_open(self.log_alpha))
 
     @torch.no_grad()
@@ -121,7 +125,9 @@ def sparsity(z, head_size, ffn_size):
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Target sparsity at `step`: 0 up to prune_start, then a straight line up to `sparsity`."""
+    """Target sparsity at `step`: 0 up to prune_start, then a straight line up to `sparsity` (or a jump)."""
+    if prune_ramp == 0:
+        return sparsity if step >= prune_start else 0.0
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
@@ -139,8 +145,9 @@ class Controller(nn.Module):
 
     to be minimised over log_alpha while lambda1 ascends (Wang et al. 2020 let both factors ascend; the second
     one's gradient is a square, so that it would climb for ever). The spring pulls at once, but leaves a gap
-    where the task pushes back. The multiplier adds up what the spring leaves, until -lambda1 equals the rise
-    of the task's loss per unit of sparsity: it is the price of the parameters. A gap beyond LAG counts as
+    where the tasks push back. The multiplier adds up what the spring leaves, until -lambda1 equals the rise,
+    per unit of sparsity, of the loss that the gates minimise (with transfer to the gates that of the target
+    plus the weighted auxiliary one): it is the price of the parameters. A gap beyond LAG counts as
     LAG, because gates move by about gate_lr a step at most: lambda1 would add up mere lag, and overshoot.
 
     The penalty may be negative; what moves the gates is its slope lambda1 + 2 SPRING gap: they close while it
@@ -166,16 +173,20 @@ class Controller(nn.Module):
 def select(prob, sparsity, head_size, ffn_size):
     """Turn probabilities into a 0/1 structure: the most probable units that fit the budget.
 
-    prob: a Z of probabilities. Returns a Z of zeros and ones whose sparsity is at least the requested one,
-    and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
+    prob: Units of probabilities. Returns Units of zeros and ones whose sparsity is at least the requested
+    one, and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
     layer by layer, cannot miss the budget: it also keeps improbable units, if there is room, and of equally
     probable ones heads before feed-forward sublayers, and lower layers before higher ones.
 
     A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and
     may drop all of them at once. Therefore the most probable one comes first, provided that it leaves room
-    for a head in every layer.
+    for a head in every layer. Raises ValueError for a probability that is NaN and a sparsity outside [0, 1].
     """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is a fraction, from 0 to 1, not {sparsity}")
     p = torch.cat([prob.head.flatten(), prob.ffn])  # (L H + L,)
+    if p.isnan().any():
+        raise ValueError("a probability is NaN: has the training diverged?")
     n_heads, n_layer = prob.head.numel(), prob.ffn.numel()
     size = [head_size] * n_heads + [ffn_size] * n_layer
     room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
@@ -186,4 +197,4 @@ def select(prob, sparsity, head_size, ffn_size):
         if size[i] <= room:
             keep[i] = 1
             room -= size[i]
-    return Z(keep[:n_heads].view_as(prob.head), keep[n_heads:])
+    return Units(keep[:n_heads].view_as(prob.head), keep[n_heads:])

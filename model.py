@@ -1,31 +1,42 @@
-"""The network, and the same network smaller: a pre-norm transformer encoder for text classification, whose
-heads and layers can be gated and cut out.
+"""The network, and the same network smaller: a transformer encoder for text classification, whose heads and
+layers can be gated and cut out; the words that it reads; and how it takes over the weights of a BERT.
 
     python model.py out/pruned.pt < texts.txt        # label and probability of every line
 
-The same class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
+One class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
 `Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a
-smaller instance. The projections have no bias, so that a closed unit contributes exactly nothing, and with
-pre-norm a closed sublayer is the identity, so that its norm goes with it (with post-norm it would remain).
-Left out on purpose: pretrained weights, subword tokens, causal attention.
+smaller instance. Two kinds differ in `Config.bert`: a small pre-norm network without biases, which starts from
+random weights and reads words, and a BERT (Devlin et al. 2019), post-norm with biases, which reads word pieces.
+In both a closed unit contributes exactly nothing. With pre-norm a closed sublayer is the identity and its norm
+goes with it; with post-norm its norm remains, and so does its output bias, which belongs to no unit.
+Left out on purpose: causal attention, the second token type of a BERT (both texts of a pair have the first),
+its pooler (features are the mean over tokens), cased vocabularies.
 
 Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D head size.
 """
 
+import json
 import math
 import re
+import string
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PAD, UNK, SEP = 0, 1, 2  # ids of padding, unknown word, boundary between two texts
-SPECIAL = ["<pad>", "<unk>", "<sep>"]
-MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c).startswith("M"))  # as in Hindi
+# ----------------------------------------------------------------------------- words and word pieces
+
+PAD, UNK, SEP = 0, 1, 2  # ids of padding, unknown word, end of a text
+SPECIAL = ["[PAD]", "[UNK]", "[SEP]"]
+CLS = "[CLS]"  # the first token that a BERT reads
+# combining marks are parts of a word: without them \w would cut the words of Hindi, Thai and others to pieces
+MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c).startswith("M"))
 WORD = re.compile(rf"\w[\w{MARKS}]*(?:'\w[\w{MARKS}]*)*|[^\w\s]")
 
 
@@ -34,67 +45,161 @@ def normalise(text):
     return " ".join(unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'").split())
 
 
-def words(text, max_length):
-    """Lower-case words and punctuation marks of a text, or of a tuple of texts with <sep> between them.
+def words(text):
+    """Lower-case words and punctuation marks of a string: the tokens of the small network."""
+    return [sys.intern(word) for word in WORD.findall(normalise(text))]  # equal words share their memory
 
-    Returns at least one and at most max_length strings; of two texts the longer one is cut first. Reads no
-    further than 32 characters a word, so that a text of many megabytes costs no more than a long one.
-    Raises TypeError for anything but strings.
+
+def is_chinese(c):
+    """Is c one of the characters that BERT's tokenizer takes for a word each?"""
+    ranges = ("\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff", "\U00020000\U0002a6df", "\U0002a700\U0002b81f",
+              "\U0002b820\U0002ceaf", "\U0002f800\U0002fa1f")  # fmt: skip
+    return any(first <= c <= last for first, last in ranges)
+
+
+class BertCharacters(dict):
+    """What BERT's tokenizer makes of a character, by its code point, for str.translate; filled when asked."""
+
+    def __missing__(self, code):
+        c, category = chr(code), unicodedata.category(chr(code))
+        if c in "\t\n\r":
+            self[code] = " "
+        elif category == "Mn" or category.startswith("C") or c == "\ufffd":  # accents, control characters
+            self[code] = ""
+        elif category.startswith("P") or c in string.punctuation or is_chinese(c):
+            self[code] = f" {c} "
+        else:
+            self[code] = c
+        return self[code]
+
+
+BERT_CHARACTERS = BertCharacters()
+
+
+def word_pieces(vocab):
+    """The tokenizer of an uncased BERT, a function from a string to word pieces of `vocab`: of every word the
+    longest piece that it starts with, then of the rest, where pieces start with ##.
     """
-    parts = text if isinstance(text, tuple) else (text,)
-    if not parts or not all(isinstance(part, str) for part in parts):
-        raise TypeError(f"a text is a string or a tuple of strings, not {text!r:.80}")
-    room = max(1, max_length - (len(parts) - 1))  # words, beside the <sep> between parts
-    starts = [" ".join(part.split(maxsplit=room)[:room])[: 32 * room] for part in parts]
-    found = [WORD.findall(normalise(start))[:room] for start in starts]
-    while sum(len(part) for part in found) > room:
-        max(reversed(found), key=len).pop()  # of equally long parts the last one is cut
-    joined = [word for part in found for word in (SPECIAL[SEP], *part)][1:]  # none before the first part
-    return joined[:max_length] or [SPECIAL[UNK]]
+    known = set(vocab)
+
+    @lru_cache(maxsize=2**17)
+    def pieces(word):
+        found, start = [], 0
+        while start < len(word):
+            prefix, end = "##" if start else "", len(word)
+            while end > start and prefix + word[start:end] not in known:
+                end -= 1
+            if end == start or len(word) > 100:  # the tokenizer's limit
+                return [SPECIAL[UNK]]
+            found.append(sys.intern(prefix + word[start:end]))
+            start = end
+        return found
+
+    def split(text):
+        plain = unicodedata.normalize("NFD", text.lower()).translate(BERT_CHARACTERS)
+        return [piece for word in plain.split() for piece in pieces(word)]
+
+    return split
+
+
+def tokenize(texts, split, max_length, bert):
+    """The tokens of an example, at most max_length, and whether some were cut off.
+
+    texts: a tuple of strings; split: `words` or what `word_pieces` returns. The longer text is cut first.
+    """
+    parts = [split(text) for text in texts]
+    n_marks = len(parts) + 1 if bert else len(parts) - 1
+    room = max(1, max_length - n_marks)
+    cut = sum(len(part) for part in parts) > room
+    parts = [part[:room] for part in parts]
+    while sum(len(part) for part in parts) > room:
+        longest = max(len(part) for part in parts)
+        last = [part for part in parts if len(part) == longest][-1]  # of equally long ones
+        last.pop()
+    tokens = [CLS] if bert else []
+    for part in parts:
+        if tokens and not bert:
+            tokens.append(SPECIAL[SEP])
+        tokens.extend(part)
+        if bert:
+            tokens.append(SPECIAL[SEP])
+    return tokens[:max_length] or [SPECIAL[UNK]], cut
+
+
+# ----------------------------------------------------------------------------- the network
 
 
 @dataclass
 class Config:
-    """What determines the shapes of all tensors but those of the classifiers."""
+    """What determines the shapes of all tensors but those of the classifiers, and what an example is."""
 
     vocab_size: int
     max_length: int  # tokens; longer texts are cut
     d_model: int
     d_head: int
-    heads: list  # (L,) number of heads in each layer, 0 = no attention sublayer
+    heads: list  # (L,) number of heads in each layer, 0 = no attention
     ffn: list  # (L,) 1 or 0: has the layer a feed-forward sublayer?
+    n_texts: int = 1  # texts of an example: 2 for pairs
+    bert: bool = False  # post-norm with biases and GELU, on word pieces
+
+
+def scale(x, factor):
+    """x times a gate or a dropout factor; None: there is none."""
+    return x if factor is None else x * factor
 
 
 class Block(nn.Module):
-    """The two sublayers of a layer, each with its norm; one that was cut away is not there."""
+    """The two sublayers of a layer, each with its norm; matrices that were cut away are not there."""
 
-    def __init__(self, d_model, d_head, n_head, has_ffn):
+    def __init__(self, config, n_head, has_ffn):
         super().__init__()
-        self.n_head, self.d_head, self.has_ffn = n_head, d_head, has_ffn
+        C, D, bert = config.d_model, config.d_head, config.bert
+        eps = 1e-12 if bert else 1e-5
+        self.n_head, self.d_head, self.has_ffn, self.bert = n_head, D, has_ffn, bert
+        if n_head or bert:
+            self.attn_norm = nn.LayerNorm(C, eps)
         if n_head:
-            self.attn_norm = nn.LayerNorm(d_model)
-            self.qkv = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
-            self.out = nn.Linear(n_head * d_head, d_model, bias=False)
+            self.qkv = nn.Linear(C, 3 * n_head * D, bias=bert)
+            self.out = nn.Linear(n_head * D, C, bias=False)
+        if has_ffn or bert:
+            self.ffn_norm = nn.LayerNorm(C, eps)
         if has_ffn:
-            self.ffn_norm = nn.LayerNorm(d_model)
-            self.up = nn.Linear(d_model, 4 * d_model, bias=False)
-            self.down = nn.Linear(4 * d_model, d_model, bias=False)
+            self.up = nn.Linear(C, 4 * C, bias=bert)
+            self.down = nn.Linear(4 * C, C, bias=False)
+        if bert:  # the output biases, which stay when all heads or the feed-forward sublayer are cut
+            self.attn_bias = nn.Parameter(torch.zeros(C))
+            self.ffn_bias = nn.Parameter(torch.zeros(C))
 
     def attention(self, x, attn_mask, z=None):
         """x: (B, T, C); attn_mask: (B, 1, 1, T), added to the scores; z: (H,) gates, None = all open."""
+        if not self.n_head:
+            return torch.zeros_like(x)
         B, T, _ = x.shape
-        qkv = self.qkv(self.attn_norm(x)).view(B, T, 3, self.n_head, self.d_head)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_head) + attn_mask  # (B, H, T, T)
-        context = scores.softmax(-1) @ v  # (B, H, T, D)
+        context = scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ v  # (B, H, T, D)
         if z is not None:
             context = context * z.view(-1, 1, 1)  # a closed head contributes zero
         return self.out(context.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def feed_forward(self, x, z=None):
         """x: (B, T, C); z: () gate, None = open."""
-        y = self.down(F.relu(self.up(self.ffn_norm(x))))  # (B, T, C)
-        return y if z is None else y * z
+        if not self.has_ffn:
+            return torch.zeros_like(x)
+        hidden = F.gelu(self.up(x)) if self.bert else F.relu(self.up(x))  # (B, T, 4 C)
+        return scale(self.down(hidden), z)  # (B, T, C)
+
+    def forward(self, x, attn_mask, z_head=None, z_ffn=None, drop_attn=None, drop_ffn=None):
+        """x: (B, T, C); gates and attn_mask as above; drop_attn, drop_ffn: dropout factors (B, 1, C)."""
+        if self.bert:
+            x = self.attn_norm(x + scale(self.attention(x, attn_mask, z_head) + self.attn_bias, drop_attn))
+            return self.ffn_norm(x + scale(self.feed_forward(x, z_ffn) + self.ffn_bias, drop_ffn))
+        if self.n_head:
+            x = x + scale(self.attention(self.attn_norm(x), attn_mask, z_head), drop_attn)
+        if self.has_ffn:
+            x = x + scale(self.feed_forward(self.ffn_norm(x), z_ffn), drop_ffn)
+        return x
 
 
 class Dropout(NamedTuple):
@@ -108,81 +213,104 @@ class Dropout(NamedTuple):
 class GatedTransformer(nn.Module):
     """Transformer encoder with one linear classifier per task.
 
-    vocab: words in order of id, the three SPECIAL ones first. labels: task name -> list of label names.
+    vocab: words or word pieces in order of id, SPECIAL first. labels: task name -> list of label names.
     """
 
     def __init__(self, config, vocab, labels):
         super().__init__()
         self.config, self.vocab, self.labels = config, vocab, labels
         self.word_id = {word: i for i, word in enumerate(vocab)}
+        self.split = word_pieces(vocab) if config.bert else words
         self.token = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config.d_model, config.d_head, n, f) for n, f in zip(config.heads, config.ffn)
-        )
-        self.norm = nn.LayerNorm(config.d_model)
+        self.blocks = nn.ModuleList(Block(config, n, f) for n, f in zip(config.heads, config.ffn))
+        self.norm = nn.LayerNorm(config.d_model, 1e-12 if config.bert else 1e-5)
         self.classifier = nn.ModuleDict({t: nn.Linear(config.d_model, len(n)) for t, n in labels.items()})
         nn.init.normal_(self.token.weight, std=0.02)  # with torch's 1.0 it is too easy to memorise texts
         nn.init.normal_(self.position.weight, std=0.02)
 
+    def features(self, ids, z=None, drop=None):
+        """The mean over tokens of the last hidden states, (B, C). Arguments as in `forward`."""
+        B, T = ids.shape
+        real = ids != PAD  # (B, T)
+        x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
+        attn_mask = torch.where(real, 0.0, -torch.inf).to(x.dtype).view(B, 1, 1, T)  # padding is not looked at
+        z_head = z_ffn = drop_attn = drop_ffn = [None] * len(self.blocks)  # all open, no dropout
+        if self.config.bert:
+            x = self.norm(x)
+        if z is not None:
+            z_head, z_ffn = z.head.to(x.dtype), z.ffn.to(x.dtype)
+        if drop is not None:
+            x = x * drop.embedding
+            drop_attn, drop_ffn = drop.attention, drop.ffn
+        for block, *factors in zip(self.blocks, z_head, z_ffn, drop_attn, drop_ffn):
+            x = block(x, attn_mask, *factors)
+        if not self.config.bert:
+            x = self.norm(x)
+        x = x * real.unsqueeze(2)  # (B, T, C), padding set to 0
+        return x.sum(1) / real.sum(1, keepdim=True)
+
     def forward(self, ids, task, z=None, drop=None):
         """Class scores of a batch.
 
-        ids: (B, T) word ids, PAD on the right. task: "target" or "auxiliary". z: gates, a Z of masks.py or
+        ids: (B, T) token ids, PAD on the right. task: "target" or "auxiliary". z: gates, Units of masks.py or
         anything with head (L, H) and ffn (L,); None = all open. drop: a Dropout, None = no dropout. Returns
         logits (B, labels).
         """
-        B, T = ids.shape
-        real = ids != PAD  # (B, T)
-        attn_mask = torch.where(real, 0.0, -torch.inf).view(B, 1, 1, T)  # no word looks at padding
-        x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
-        x = x if drop is None else x * drop.embedding
-        for i, block in enumerate(self.blocks):
-            if block.n_head:
-                y = block.attention(x, attn_mask, None if z is None else z.head[i])
-                x = x + (y if drop is None else y * drop.attention[i])
-            if block.has_ffn:
-                y = block.feed_forward(x, None if z is None else z.ffn[i])
-                x = x + (y if drop is None else y * drop.ffn[i])
-        x = self.norm(x) * real.unsqueeze(2)  # (B, T, C), padding set to 0
-        return self.classifier[task](x.sum(1) / real.sum(1, keepdim=True))  # the mean over words
+        return self.classifier[task](self.features(ids, z, drop))
 
     @torch.no_grad()
     def probabilities(self, texts):
         """Class probabilities of the target task: (N, labels), in the order of self.labels["target"].
 
-        texts: a list; each text is a string, or a tuple of two strings for a pair. A single text may stand
-        without the list. Raises TypeError for anything else.
+        texts: a list of strings or, where an example has several texts, of tuples of strings. Raises TypeError
+        for anything else, ValueError for another number of texts than the network was trained on.
         """
-        texts = texts if isinstance(texts, list) else [texts]
+        if not isinstance(texts, list):
+            raise TypeError(f"texts are a list, not {type(texts).__name__}")
+        encoded = [torch.tensor(self.encode(text, i)) for i, text in enumerate(texts, 1)]
         parts = [torch.zeros(0, len(self.labels["target"]))]
-        for chunk in (texts[i : i + 64] for i in range(0, len(texts), 64)):
-            found = [words(text, self.config.max_length) for text in chunk]
-            ids = [torch.tensor([self.word_id.get(w, UNK) for w in ws]) for ws in found]
-            ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
-            parts.append(self(ids.to(self.norm.weight.device), "target").softmax(1).cpu())
+        for start in range(0, len(texts), 64):
+            ids = nn.utils.rnn.pad_sequence(encoded[start : start + 64], batch_first=True, padding_value=PAD)
+            logits = self(ids.to(self.token.weight.device), "target")
+            parts.append(logits.float().softmax(1).cpu())
         return torch.cat(parts)
+
+    def encode(self, text, number):
+        """Token ids of an example, a string or a tuple of strings; number: its place, for error messages."""
+        parts = (text,) if isinstance(text, str) else text
+        if not isinstance(parts, tuple) or not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"text {number} is no string and no tuple of strings: {text!r:.80}")
+        if len(parts) != self.config.n_texts:
+            raise ValueError(f"text {number} is {len(parts)} texts, and the network reads {self.config.n_texts}")
+        tokens, _ = tokenize(parts, self.split, self.config.max_length, self.config.bert)
+        return [self.word_id.get(token, UNK) for token in tokens]
 
     def predict(self, texts):
         """The most probable label name of each text. texts: as in `probabilities`."""
         return [self.labels["target"][i] for i in self.probabilities(texts).argmax(1).tolist()]
 
-    def save(self, file):
-        """Write weights, shapes, vocabulary and label names. file: a path, or a binary file."""
+    def save(self, path):
+        """Write weights, shapes, vocabulary and label names."""
         parts = {"config": asdict(self.config), "vocab": self.vocab, "labels": self.labels}
-        torch.save({**parts, "state": self.state_dict()}, file)
+        torch.save({**parts, "state": self.state_dict()}, path)
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote, on the CPU. Executes no code from the file (weights_only)."""
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
-        model.load_state_dict(parts["state"])
+        """Read what `save` wrote, on the CPU. Executes no code from the file (weights_only). Raises ValueError."""
+        try:
+            parts = torch.load(path, map_location="cpu", weights_only=True)
+            model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
+            model.load_state_dict(parts["state"])
+        except Exception:  # whatever a missing, truncated or foreign file provokes
+            raise ValueError(f"{path} is not a network that train.py saved") from None
+        if model.vocab[: len(SPECIAL)] != SPECIAL:
+            raise ValueError(f"{path} was saved by an earlier version of this program: make it again")
         return model
 
 
-def dropout_noise(model, batch_size, p, generator, share=slice(None)):
-    """Draw a Dropout for a batch of batch_size texts, and keep those of the texts in `share` (a slice).
+def dropout_noise(model, batch_size, p, generator):
+    """Draw a Dropout for a batch of batch_size texts.
 
     One draw serves all tokens of a text (Gal and Ghahramani 2016): T times fewer random numbers, and the
     noise of a text depends neither on padding nor on its neighbours in the batch.
@@ -190,18 +318,23 @@ def dropout_noise(model, batch_size, p, generator, share=slice(None)):
     L = len(model.blocks)
     noise = torch.empty(batch_size, 2 * L + 1, model.config.d_model, device=generator.device)
     noise.bernoulli_(1 - p, generator=generator).div_(1 - p)
-    *sublayers, embedding = noise[share].unsqueeze(2).unbind(1)  # each (B, 1, C)
-    return Dropout(embedding, sublayers[0::2], sublayers[1::2])
+    factors = noise.unsqueeze(2).unbind(1)  # 2 L + 1 times (B, 1, C)
+    return Dropout(embedding=factors[2 * L], attention=factors[0 : 2 * L : 2], ffn=factors[1 : 2 * L : 2])
+
+
+# ----------------------------------------------------------------------------- the same network smaller
 
 
 def unit_sizes(d_model, n_head):
-    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer."""
+    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer: matrices
+    count, biases do not.
+    """
     return 4 * d_model * (d_model // n_head), 8 * d_model**2
 
 
 def prunable(model):
     """Number of prunable parameters: the matrices of the attention and feed-forward sublayers."""
-    return sum(p.numel() for name, p in model.blocks.named_parameters() if "norm" not in name)
+    return sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
 
 
 @torch.no_grad()
@@ -214,9 +347,10 @@ def extract(model, z):
     D, state = model.config.d_head, model.state_dict()
     for i in range(len(model.blocks)):
         keep = z.head[i].nonzero().squeeze(1)
-        qkv = state[f"blocks.{i}.qkv.weight"].unflatten(0, (3, -1, D))  # (3, H, D, C)
+        for name in (f"blocks.{i}.qkv.weight", f"blocks.{i}.qkv.bias"):
+            if name in state:
+                state[name] = state[name].unflatten(0, (3, -1, D))[:, keep].flatten(0, 2)  # from (3, H, D, ...)
         out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z.head[i].view(-1, 1)  # (C, H, D)
-        state[f"blocks.{i}.qkv.weight"] = qkv[:, keep].flatten(0, 2)
         state[f"blocks.{i}.out.weight"] = out[:, keep].flatten(1)
         state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z.ffn[i]
     heads, ffn = (z.head > 0).sum(1).tolist(), (z.ffn > 0).long().tolist()
@@ -225,27 +359,155 @@ def extract(model, z):
     return small.to(model.norm.weight.device)
 
 
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ----------------------------------------------------------------------------- loading a BERT
+
+CONFIG = {  # what config.json and tokenizer_config.json may say, if they say it: all else would be misread
+    "model_type": ["bert"],
+    "hidden_act": ["gelu"],
+    "position_embedding_type": ["absolute"],
+    "layer_norm_eps": [1e-12],
+    "do_lower_case": [True],
+    "strip_accents": [None, True],
+    "tokenize_chinese_chars": [True],
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
+}
+FILES = ["config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors", "*.index.json"]
+LAYER = {  # our name -> name in a BERT's layer; query, key and value are stacked into qkv
+    "out.weight": "attention.output.dense.weight",
+    "attn_bias": "attention.output.dense.bias",
+    "attn_norm.weight": "attention.output.LayerNorm.weight",
+    "attn_norm.bias": "attention.output.LayerNorm.bias",
+    "up.weight": "intermediate.dense.weight",
+    "up.bias": "intermediate.dense.bias",
+    "down.weight": "output.dense.weight",
+    "ffn_bias": "output.dense.bias",
+    "ffn_norm.weight": "output.LayerNorm.weight",
+    "ffn_norm.bias": "output.LayerNorm.bias",
+}
+
+
+def load_bert(name):
+    """A dense GatedTransformer without classifiers, with the weights and the whole vocabulary of a BERT.
+
+    name: a folder in the layout of the hub, or owner/name on the hub. Raises ValueError, with one line, for
+    anything that this file would not read as BERT's own implementation does.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download  # here: a folder needs no package but torch
+
+        folder = Path(snapshot_download(name, allow_patterns=FILES))
+        if not (folder / "model.safetensors").exists():
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "pytorch_model.bin"]))
+    try:
+        config, vocab, tensors = read_config(folder), read_vocab(folder), read_tensors(folder)
+        return bert_from(config, vocab, tensors)
+    except KeyError as error:
+        raise ValueError(f"{name}: {error} is missing") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_config(folder):
+    """config.json as a dict. Raises ValueError for another kind of network or tokenizer."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = folder / "tokenizer_config.json"
+    said = {**config, **json.loads(tokenizer.read_text(encoding="utf-8"))} if tokenizer.exists() else config
+    for key, values in CONFIG.items():
+        if said.get(key, values[0]) not in values:
+            raise ValueError(f"{key} {said[key]!r} is not supported, only {values[0]!r}")
+    if config["intermediate_size"] != 4 * config["hidden_size"]:
+        raise ValueError("intermediate_size is not four times hidden_size")
+    return config
+
+
+def read_vocab(folder):
+    """The word pieces of vocab.txt, a list in order of id. Raises ValueError for a cased vocabulary."""
+    vocab = (folder / "vocab.txt").read_bytes().decode().removesuffix("\n").split("\n")
+    for piece in vocab:
+        if piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece):
+            raise ValueError(f"a cased vocabulary is not supported: {piece!r} in vocab.txt")
+    return vocab
+
+
+def read_tensors(folder):
+    """name -> float32 tensor of model.safetensors, else of pytorch_model.bin."""
+    if any(folder.glob("*.index.json")):
+        raise ValueError("weights in several files are not supported")
+    if (folder / "model.safetensors").exists():
+        tensors = read_safetensors(folder / "model.safetensors")
+    else:
+        tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
+    return renamed
+
+
+def read_safetensors(path):
+    """name -> tensor of a file of eight bytes (a length), JSON of that length, and raw little-endian data."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for name, about in json.loads(content[8:start]).items():
+        if dtype := dtypes.get(about.get("dtype")):  # no others are needed
+            first, last = about["data_offsets"]
+            values = torch.frombuffer(content[start + first : start + last], dtype=dtype)
+            tensors[name] = values.view(about["shape"])
+    return tensors
+
+
+def bert_from(config, vocab, tensors):
+    """The network of `load_bert` from the parts that were read. Raises KeyError for what is missing."""
+    L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
+    row = {piece: i for i, piece in enumerate(vocab)}
+    special = [row[piece] for piece in SPECIAL]
+    order = special + [i for i in row.values() if i not in special]
+    state = {
+        "token.weight": tensors["embeddings.word_embeddings.weight"][order],  # rows beyond vocab.txt are unused
+        "position.weight": tensors["embeddings.position_embeddings.weight"]
+        + tensors["embeddings.token_type_embeddings.weight"][0],
+        "norm.weight": tensors["embeddings.LayerNorm.weight"],
+        "norm.bias": tensors["embeddings.LayerNorm.bias"],
+    }
+    for i in range(L):
+        layer = f"encoder.layer.{i}."
+        for kind in ("weight", "bias"):
+            parts = [tensors[f"{layer}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+            state[f"blocks.{i}.qkv.{kind}"] = torch.cat(parts)
+        for ours, theirs in LAYER.items():
+            state[f"blocks.{i}.{ours}"] = tensors[layer + theirs]
+    shape = Config(len(order), len(state["position.weight"]), C, C // H, [H] * L, [1] * L, bert=True)
+    model = GatedTransformer(shape, [vocab[i] for i in order], {})
+    model.load_state_dict(state)
+    return model
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def say(line):
+    """Print a line; characters that the console cannot encode (a Windows code page, latin-1) are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main():
     """Print label and probability, tab separated, for every line of stdin; a tab separates two texts."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        fail("usage: python model.py out/pruned.pt < texts.txt")
     try:
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise ValueError("usage: python model.py out/pruned.pt < texts.txt")
         model = GatedTransformer.load(sys.argv[1])
-    except Exception:  # whatever a missing, truncated or foreign file provokes
-        fail(f"{sys.argv[1]} is not a network that train.py saved")
-    try:
         texts = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        fail(f"the texts are not UTF-8: {error}")
-    lines = texts.removesuffix("\n").split("\n") if texts else []
-    probabilities = model.probabilities([tuple(line.split("\t")) for line in lines])
+        lines = texts.removesuffix("\n").split("\n") if texts else []
+        probabilities = model.probabilities([tuple(line.split("\t")) for line in lines])
+    except ValueError as error:  # what was read is no network, no UTF-8, or no such number of texts
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     for probability, best in zip(*probabilities.max(1)):
-        print(f"{model.labels['target'][best]}\t{probability:.3f}")
+        say(f"{model.labels['target'][best]}\t{probability:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
 """Two tasks: what they say, and how the auxiliary one may teach the network that is pruned for the other.
 
 First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what), `couple`
-(how). Then data: `reviews` is the built-in pair of tasks, `load_task` reads it or anything the `datasets`
-library loads, and `prepare` turns a target and an auxiliary task into arrays of word ids, takes the limited
-training subset and drops auxiliary examples that would leak. Last, the order of the batches.
+(how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or a data set of the hub,
+and `prepare` turns a target and an auxiliary task into token ids, takes the limited training subset and drops
+auxiliary examples that would leak. Last, the order of the batches.
 
-Left out on purpose: more than two tasks, tasks that are not classification, tokenizers other than words.
+A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one such file, a
+train split; or a name on the hub. Texts are strings in column `text`, labels strings, integers or booleans in
+column `label`, unless other columns are named. Nothing is guessed: what does not fit is refused with its row.
+
+Left out on purpose: more than two tasks, tasks that are not classification.
 """
 
 import csv
 import hashlib
 import json
-import logging
-import os
 import random
 import re
-from array import array
+import unicodedata
+from collections import Counter
 from functools import lru_cache
-from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import PAD, SPECIAL, UNK, normalise, words
+from model import CLS, PAD, SPECIAL, UNK, normalise, tokenize, word_pieces, words
 
 # ----------------------------------------------------------------------------- when, what, how
 
@@ -41,13 +43,17 @@ def transferred(parameters, transfer):
     auxiliary classifier always learns (and counts in the norm by which the weights' gradient is clipped). To
     share only some layers, test the name here.
     """
-
-    def reached(name):
+    shared = {}
+    for name, p in parameters.items():
         if name.startswith("classifier."):
-            return name.startswith("classifier.auxiliary.")
-        return transfer == "both" or transfer == ("gates" if name == "log_alpha" else "weights")
-
-    return {name: p for name, p in parameters.items() if reached(name)}
+            reached = name.startswith("classifier.auxiliary.")
+        elif name == "log_alpha":
+            reached = transfer in ("both", "gates")
+        else:
+            reached = transfer in ("both", "weights")
+        if reached:
+            shared[name] = p
+    return shared
 
 
 def couple(g_target, g_aux, coupling):
@@ -60,13 +66,21 @@ def couple(g_target, g_aux, coupling):
     g_target, along it, and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
-    both = [name for name in g_aux if name in g_target]
-    update = g_target | g_aux | {name: g_target[name] + g_aux[name] for name in both}
-    if coupling == "project" and both:
-        dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
-        norm = sum(torch.sum(g_target[name] ** 2) for name in both)
-        scale = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
-        update |= {name: update[name] - scale * g_target[name] for name in both}
+    update = dict(g_target)
+    dot = norm = torch.zeros(())
+    for name, g in g_aux.items():
+        if name in g_target:
+            update[name] = g_target[name] + g
+            if coupling == "project":
+                dot = dot + torch.sum(g * g_target[name])
+                norm = norm + torch.sum(g_target[name] ** 2)
+        else:
+            update[name] = g
+    if coupling == "project":
+        against = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
+        for name in g_target:
+            if name in g_aux:
+                update[name] = update[name] - against * g_target[name]
     return update
 
 
@@ -137,233 +151,215 @@ def reviews(domain):
 
 # ----------------------------------------------------------------------------- any other task
 
+SPLITS = ("train", "validation", "test")
+KINDS = (".jsonl", ".csv", ".parquet")
+
 
 class InputError(Exception):
     """The user's input cannot be used; the message is one line that says what to change."""
 
 
-class Source(NamedTuple):
-    """A task as the user names it."""
-
-    spec: str  # "reviews:film", "owner/name", "owner/name:config", or a local file or folder
-    text_columns: list | None = None  # None = to be found
-    label_column: str | None = None  # None = to be found
-    flag: str = ""  # "aux_" for the auxiliary task: messages then name --aux_text_columns
-
-
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-NAMES = {"train": ["train"], "validation": ["validation", "val", "dev", "eval", "valid.*"], "test": ["test"]}
-
-
-def check_lines(file):
-    """Raise InputError, with the number of the line, for a text file that is not UTF-8 or not JSON Lines.
-
-    The library counts lines from the start of a block, and lets some other encodings pass.
-    """
+def decoded(file):
+    """Yield the lines of a UTF-8 file; each is decoded alone, so that an error can name it."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = line.decode("utf-8-sig").strip()
-                if text and file.lower().endswith(".jsonl"):
-                    json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"cannot load {file}, line {number}: {error}") from None
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file}, line {number}: not UTF-8: {error}") from None
 
 
-def check_columns(file):
-    """Raise InputError if a row of a CSV is wider than its header: the library may shift the whole row."""
-    csv.field_size_limit(2**31 - 1)
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.reader(lines)
-        width = len(next(reader, []))
+def json_rows(file):
+    """Yield (place, dict) for every row of a JSON Lines file; the place is for messages."""
+    for number, line in enumerate(decoded(file), 1):
+        place = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{place}: not an object, like {{"text": "...", "label": "..."}}')
+        yield place, row
+
+
+def csv_rows(file):
+    """Yield (place, dict) for every row of a CSV file. Cells are strings, as they are written."""
+    csv.field_size_limit(2**31 - 1)  # no limit; the default is 131,072 characters
+    reader = csv.DictReader(decoded(file), strict=True)
+    try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise InputError(f"{file}, line 1: a column is named twice: {', '.join(header)}")
         for row in reader:
-            if len(row) > width:
-                raise InputError(
-                    f"cannot load {file}, line {reader.line_num}: {len(row)} columns, but {width} in the "
-                    "header; columns are separated by commas, texts with commas need quotes"
-                )
+            place = f"{file}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: not {len(header)} cells, as in the header; cells are separated by "
+                                 "commas, and texts with commas or line breaks need quotes")
+            if list(row.values()) == header:
+                raise InputError(f"{place}: the header once more")
+            yield place, row
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: {error}") from None
 
 
-def read(spec, loader, **options):
-    """What `datasets.load_dataset` returns; it runs no code of a data set. Raises InputError."""
+def parquet_rows(file):
+    """Yield (place, dict) for every row of a parquet file."""
+    import pyarrow.parquet  # here, not above: most runs need no parquet; `datasets` installs it
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: {' '.join(str(error).split())[:200]}") from None
+
+
+def local_rows(spec):
+    """The splits of a file or folder: split -> iterator of (place, row), split -> file, names of other files."""
+    path, files, unread = Path(spec), {}, []
+    if path.is_file():
+        if path.suffix not in KINDS:
+            raise InputError(f"{spec}: only {', '.join(KINDS)} files are read")
+        files["train"] = path
+    else:
+        for file in sorted(path.iterdir()):
+            if file.suffix not in KINDS:
+                continue
+            if file.stem not in SPLITS:
+                unread.append(file.name)
+            elif file.stem in files:
+                raise InputError(f"two files for one split: {files[file.stem]} and {file}")
+            else:
+                files[file.stem] = file
+    reader = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+    rows = {split: reader[file.suffix](file) for split, file in files.items()}
+    return rows, {split: str(file) for split, file in files.items()}, unread
+
+
+def hub_rows(spec):
+    """The same for a data set of the hub, owner/name or owner/name:config; classes are given by their names."""
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or spec.endswith(KINDS):
+        raise InputError(f"no such file or folder: {spec!r}")
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
-    datasets.disable_progress_bars()
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel("CRITICAL")  # what went wrong is said once, in the InputError
+    name, _, config = spec.partition(":")
     try:
-        return datasets.load_dataset(loader, **options)
-    except Exception as error:  # the library raises dozens of types here, down to those of its file readers
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise InputError(f"cannot load {spec}: {reason or 'a file is empty or unreadable'}") from None
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the library raises dozens of types here
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{spec}: no such file or folder, nor a data set of the hub: {reason}") from None
+
+    def rows_of(split):
+        table = loaded[split]
+        named = {c: f for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        for number, row in enumerate(table, 1):
+            for column, feature in named.items():
+                if row[column] is not None and row[column] >= 0:  # -1 stands for no label
+                    row[column] = feature.int2str(row[column])
+            yield f"{split} of {spec}, row {number}", row
+
+    found = [split for split in loaded if split in SPLITS]
+    rows = {split: rows_of(split) for split in found}
+    unread = [split for split in loaded if split not in SPLITS]
+    return rows, {split: f"{split} of {spec}" for split in found}, unread
 
 
-def read_files(files):
-    """A Dataset of the rows of local files of one kind. Raises InputError."""
-    kind, options = KINDS[Path(files[0]).suffix.lower()], {}
-    for file in files if kind != "parquet" else []:
-        check_lines(file)
-        if kind == "csv":
-            check_columns(file)
-            options = {"keep_default_na": False, "na_values": [""]}  # "None" and "NA" are words
-    return read(files[0], kind, data_files=[escape(file) for file in files], split="train", **options)
+def read_task(spec, text_columns, label_column, flag=""):
+    """The rows of a task: {split: list of (tuple of texts, class name)}, where each split came from, and notes.
 
-
-def files_by_name(folder):
-    """The data files under a folder, {"train": ["folder/Train.csv"], ...}; a split's shards share a name.
-
-    Empty if there are none, or if a README.md lists them: then the library knows better. Raises InputError.
+    spec: as the user names it. text_columns: a list; label_column: a name. flag: "aux_" for the auxiliary
+    task: messages then name --aux_text_columns. A split whose labels are all -1 has none. Raises InputError.
     """
-    files, made_of, readme = {}, {}, Path(folder, "README.md")
-    if readme.exists() and "configs:" in readme.read_text(errors="replace"):
-        return {}
-    for file in sorted(map(Path, glob(f"{escape(folder)}/**/*", recursive=True))):  # finds nothing hidden
-        if file.suffix.lower() in KINDS and file.is_file():
-            whole = file.with_name(re.sub(r"-\d{5}-of-", "-of-", file.name))  # the same for all its shards
-            name = re.sub(r"-of-\d{5}$", "", whole.stem).lower()
-            if made_of.setdefault(name, whole) != whole:
-                raise InputError(f"two files for one split: {files[name][0]} and {file}")
-            files.setdefault(name, []).append(str(file))
-    return files
+    if spec.startswith("reviews:"):
+        domain = spec.removeprefix("reviews:")
+        if domain not in NOUNS:
+            raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
+        if text_columns != ["text"] or label_column != "label":
+            raise InputError(f"{spec} has one text and one label: there is no column to name")
+        splits = {split: [((text,), name) for text, name in rows] for split, rows in reviews(domain).items()}
+        return splits, dict.fromkeys(SPLITS, spec), []
+    rows, where, unread = local_rows(spec) if Path(spec).exists() else hub_rows(spec)
+    notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
+    if "train" not in rows:
+        raise InputError(f"{spec} has no train split: name a file train.jsonl, train.csv or train.parquet")
+    splits = {}
+    for split in SPLITS:
+        pairs = []
+        for place, row in rows.get(split, ()):
+            missing = [column for column in (*text_columns, label_column) if column not in row]
+            if missing:
+                raise InputError(f"{place}: no column {', '.join(missing)}; there are {', '.join(row)[:200]}: name "
+                                 f"the right ones with --{flag}text_columns and --{flag}label_column")
+            texts = tuple(text_of(row[column], f"{place}, {column}") for column in text_columns)
+            pairs.append((texts, label_of(row[label_column], f"{place}, {label_column}")))
+        if split != "train" and {name for _, name in pairs} == {"-1"}:
+            notes.append(f"{where[split]} has no labels: it is not read")
+        elif pairs:
+            splits[split] = pairs
+        elif split in rows:
+            raise InputError(f"{where[split]} is empty")
+    return splits, where, notes
 
 
-def find_splits(spec):
-    """The splits of a data set by name, each a Dataset or a list of files. Raises InputError.
-
-    spec: a file or folder, with ":config" if a README.md names configurations; else a name on the hub.
-    """
-    name, _, config = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-    files = files_by_name(name) if os.path.isdir(name) and not config else {}
-    if os.path.isfile(name) and not config:
-        if Path(name).suffix.lower() not in KINDS:
-            raise InputError(f"cannot load {name}: only {', '.join(KINDS)} files are read")
-        files = {"train": [name]}
-    elif not os.path.isdir(name):
-        hub_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
-        if not hub_like or Path(name).suffix.lower() in KINDS:  # the hub can take long to say no
-            raise InputError(f"no such file or folder: {spec!r}")
-        spec += " (no file or folder; looked for on the hub)"
-    return files or dict(read(spec, name, name=config or None))
+def text_of(value, place):
+    """A text as it is. Raises InputError for anything but a string with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: a text is a string that is not empty, not {value!r:.40}")
+    return value
 
 
-def may_be_class(kind, values):
-    """Can these values of a column be names of classes? Fractions, dates and nested values cannot."""
-    if "float" in kind:
-        return all(value is None or value != value or value.is_integer() for value in values[:])
-    return "string" in kind or "int" in kind or "bool" in kind
+def label_of(value, place):
+    """The class name of a label: a string, an integer or a boolean. Raises InputError."""
+    if isinstance(value, bool):
+        return str(value).lower()  # as JSON writes it
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: a label is a string, an integer or a boolean, not {value!r:.40}")
+    return unicodedata.normalize("NFC", value.strip())
 
 
-def find_columns(table, source):
-    """The text columns (a list) and the label column of a Dataset: as the user named them, else found.
-
-    Found are "text" and "label". Without them, a column of strings is the text and one that can hold classes
-    is the label, if there is exactly one such pair: nothing is guessed. No column of which all values differ
-    is taken for a label, and none whose name is one of its values. Raises InputError with all columns.
-    """
-    kinds = {column: getattr(f, "dtype", "nested or mixed") for column, f in table.features.items()}
-    strings = [column for column in kinds if "string" in kinds[column]]
-    classes = [column for column in kinds if may_be_class(kinds[column], table[column])]
-    text = source.text_columns or (["text"] if "text" in kinds else None)
-    label = source.label_column or ("label" if "label" in kinds else None)
-    texts = [text] if text else [[column] for column in strings]
-    labels = [label] if label else classes
-    pairs = [(t, c) for t in texts for c in labels if c not in t and c in classes and set(t) <= set(strings)]
-    if len(pairs) == 1:
-        found = pairs[0][1]
-        values = set(map(str, table[found][:]))
-        if label or (len(values) < len(table) and found not in values):  # a header without names is a row
-            return pairs[0]
-    listed = []
-    for column, kind in kinds.items():
-        values = [str(value) for value in table[column][:]]
-        listed.append(f"{column[:40]} ({kind}, {len(set(values))} different, first {values[0][:30]!r})")
-    reason = "more than one choice of" if len(pairs) > 1 else "no"
-    flags = f"--{source.flag}text_columns and --{source.flag}label_column"
-    line = f"""{reason} {text or 'text'} as strings and {label or 'label'} as classes in {source.spec}: name
-        them with {flags}. Columns (of a CSV, separated by commas): {', '.join(listed)}"""
-    raise InputError(" ".join(line.split()))
+# ----------------------------------------------------------------------------- from rows to examples
 
 
-def class_name(value, names):
-    """The name of a class, None if there is none. names: of its numbers, or None; 3.0 is "3", " a" is "a"."""
-    if value is None or value != value or (names and value < 0):  # nan is not equal to itself
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return names[value] if names else str(value).strip() or None
+class Row(NamedTuple):
+    """An example as it was read."""
 
-
-def texts_and_labels(table, text_columns, label_column):
-    """Two lists from a Dataset, tuples of strings and names of classes; None where one is missing."""
-    names = getattr(table.features.get(label_column), "names", None)
-    labels = table[label_column][:] if label_column in table.features else [None] * len(table)
-    texts = zip(*(table[column][:] for column in text_columns))
-    texts = [None if None in text else tuple(str(part) for part in text) for text in texts]
-    return texts, [class_name(label, names) for label in labels]
-
-
-def open_splits(source, wanted):
-    """The rows of the wanted splits of a data set, what is recorded about them, and notes. Raises InputError.
-
-    Returns {split: list of (text, class name)}, {"text_columns": ..., "label_column": ..., "splits": {split:
-    where it came from}}, and a list of lines. A split without labels (absent, null or -1) is not used.
-    """
-    found = find_splits(source.spec)
-    named = {split: [name for pattern in patterns for name in found if re.fullmatch(pattern, name.lower())]
-             for split, patterns in NAMES.items()}
-    if len(found) == 1 and not any(named.values()):
-        named["train"] = list(found)
-    if not named["train"]:
-        raise InputError(f"{source.spec} has no train split, only {', '.join(found)}: name one file train")
-    opened, origin, unused = {}, {}, dict.fromkeys(found, "")
-    for split in wanted:  # train comes first: it decides the columns
-        for name in named[split]:
-            table, where = found[name], f"split {name} of {source.spec}"
-            if isinstance(table, list):
-                table, where = read_files(table), ", ".join(table)
-            if split == "train":
-                text_columns, label_column = find_columns(table, source)
-            elif not set(text_columns) <= set(table.features):
-                raise InputError(f"{where} has no column {', '.join(text_columns)}")
-            texts, labels = texts_and_labels(table, text_columns, label_column)
-            if split != "train" and set(labels) <= {None, "-1"}:
-                unused[name] = " (no labels)"
-                continue
-            for what, values in (("text", texts), ("label", labels)):
-                if None in values:
-                    raise InputError(f"row {values.index(None) + 1} of {where} has no {what}")
-            opened[split], origin[split] = list(zip(texts, labels)), where
-            del unused[name]
-            break
-    listed = ", ".join(name + reason for name, reason in unused.items())
-    notes = [f"not used of {source.spec}: {listed}"] if unused else []
-    return opened, {"text_columns": text_columns, "label_column": label_column, "splits": origin}, notes
-
-
-# ----------------------------------------------------------------------------- from texts to arrays
+    texts: tuple  # of strings
+    name: str  # of its class
+    tokens: list  # of strings, at most max_length
+    cut: bool  # whether there were more
+    key: int  # a hash of the normalised texts, equal for equal texts
 
 
 class Examples(NamedTuple):
-    """N labelled texts in flat arrays, not an object each: a million need little more than their ids."""
+    """N labelled texts, as the network reads them."""
 
-    tokens: np.ndarray  # word ids of all texts, one text after the other
-    start: np.ndarray  # (N + 1,) text i is tokens[start[i]:start[i + 1]]
+    ids: list  # N integer arrays of token ids
     label: np.ndarray  # (N,) class ids
-    text_hash: np.ndarray = None  # (N,) of the whole texts: equal for equal texts
-    cut: np.ndarray = None  # (N,) 1 where there were more than max_length words, else 0
-
-    def take(self, keep):
-        """The examples for which the boolean array keep (N,) is True."""
-        length = np.diff(self.start)
-        start = np.concatenate([[0], np.cumsum(length[keep])])
-        tokens = self.tokens[np.repeat(keep, length)]
-        return Examples(tokens, start, self.label[keep], self.text_hash[keep], self.cut[keep])
 
     def batch(self, index, device="cpu"):
         """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
-        texts = [torch.from_numpy(self.tokens[self.start[i] : self.start[i + 1]]) for i in index]
+        texts = [torch.from_numpy(self.ids[i]) for i in index]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
-        return ids.long().to(device), torch.from_numpy(self.label[index]).long().to(device)
+        return ids.long().to(device), torch.from_numpy(self.label[index]).to(device)
+
+
+class Data(NamedTuple):
+    """Everything a run reads."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    aux: Examples | None
+    vocab: list
+    labels: dict  # "target" and "auxiliary" -> list of label names
+    notes: list  # what the reader of a report should know about these data, a line each
+    record: dict  # the same data in numbers, for result.json
 
 
 def hash64(text):
@@ -371,28 +367,15 @@ def hash64(text):
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
-def tokenize(pairs, max_length, word_id, label_id):
-    """Turn (text, class name) pairs into Examples; new words get the next free id of the dict word_id.
-
-    A text is a string or a tuple of strings. What is hashed is the whole normalised text: neither the length
-    at which it is cut nor the vocabulary decides whether two texts are the same.
-    """
-    tokens, start, label, hashes, cut = array("i"), array("q", [0]), array("i"), array("Q"), array("b")
-    for text, name in pairs:
-        found = words(text, max_length)
-        parts = (text,) if isinstance(text, str) else text
-        tokens.extend(word_id.setdefault(word, len(word_id)) for word in found)
-        start.append(len(tokens))
-        label.append(label_id[name])
-        hashes.append(hash64("\n".join(normalise(part) for part in parts)))
-        cut.append(len(found) == max_length and len(words(text, max_length + 1)) > max_length)
-    return Examples(*(np.asarray(part) for part in (tokens, start, label, hashes, cut)))  # same memory
-
-
-def fingerprint(examples, names):
-    """A short hash of the texts and class names of Examples, and of their order: a run depends on it."""
-    label = np.array([hash64(name) for name in names], dtype=np.uint64)[examples.label]
-    return hashlib.sha256(np.stack([examples.text_hash, label]).tobytes()).hexdigest()[:12]
+def tokenized(pairs, split, max_length, bert, known):
+    """Rows for (texts, class name) pairs; new tokens join the dict `known`, which keeps their order."""
+    rows = []
+    for texts, name in pairs:
+        tokens, cut = tokenize(texts, split, max_length, bert)
+        for token in tokens:
+            known.setdefault(token, len(known))
+        rows.append(Row(texts, name, tokens, cut, hash64("\n".join(normalise(text) for text in texts))))
+    return rows
 
 
 def held_out(text_hash):
@@ -408,66 +391,18 @@ def held_out(text_hash):
     return np.isin(text_hash, chosen)
 
 
-def complete(splits, origin, spec):
-    """Add the validation and test splits that a target lacks; return notes. Raises InputError.
-
-    splits: {split: Examples}; origin: {split: where it came from}. Both are changed.
-    """
-    notes = []
-    if "test" not in splits and "validation" in splits:
-        splits["test"], origin["test"] = splits.pop("validation"), origin.pop("validation")
-        notes.append("no labelled test split: the validation split is reported as the test")
+def complete(splits):
+    """All three splits of a target: of train a tenth each for test and validation, where there is none."""
+    splits = dict(splits)
     for split in ("test", "validation"):
         if split not in splits:
-            train, origin[split] = splits["train"], "a part of train"
-            taken = held_out(train.text_hash)
+            train = splits["train"]
+            taken = held_out(np.array([row.key for row in train], dtype=np.uint64))
             if not taken.any() or taken.all():
-                raise InputError(f"too few different texts in {spec} to take a {split} split from them")
-            splits[split], splits["train"] = train.take(taken), train.take(~taken)
-            notes.append(f"no {split} split: a fixed tenth of train, by a hash of the text, is used instead")
-    return notes
-
-
-def load_task(source, wanted, max_length, word_id):
-    """Load and tokenize a task; word_id grows. wanted: ("train",), or all splits, which then are completed.
-
-    Returns {split: Examples}, class names in alphabetical order, what is recorded, notes. Raises InputError.
-    """
-    spec = source.spec
-    if spec.startswith("reviews:"):
-        if (domain := spec.removeprefix("reviews:")) not in NOUNS:
-            raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
-        if source.text_columns or source.label_column:
-            raise InputError(f"{spec} has one text and one label: there is no column to name")
-        pairs, notes = reviews(domain), []
-        record = {"text_columns": ["text"], "label_column": "label", "splits": dict.fromkeys(wanted, spec)}
-    else:
-        pairs, record, notes = open_splits(source, wanted)
-    names = sorted({name for split in wanted for _, name in pairs.get(split, [])})
-    label_id = {name: i for i, name in enumerate(names)}
-    splits = {s: tokenize(pairs[s], max_length, word_id, label_id) for s in wanted if s in pairs}
-    if "test" in wanted:  # a target: it needs all splits
-        notes += complete(splits, record["splits"], spec)
-    if len(set(splits["train"].label)) < 2:
-        raise InputError(f"a single class to train on in {spec}, which has {', '.join(names)[:60]}")
-    record["fingerprint"] = {split: fingerprint(part, names) for split, part in splits.items()}
-    return splits, names, record, notes
-
-
-# ----------------------------------------------------------------------------- what a run reads
-
-
-class Data(NamedTuple):
-    """Everything a run reads."""
-
-    train: Examples
-    validation: Examples
-    test: Examples
-    aux: Examples | None
-    vocab: list
-    labels: dict  # "target" and "auxiliary" -> list of label names
-    notes: list  # what the reader of a report should know about these data, a line each
-    record: dict  # the same data in numbers, for result.json
+                raise InputError(f"too few different texts in train to take a {split} split from them")
+            splits[split] = [row for row, is_taken in zip(train, taken) if is_taken]
+            splits["train"] = [row for row, is_taken in zip(train, taken) if not is_taken]
+    return splits
 
 
 def limited_subset(label, n, seed):
@@ -484,88 +419,136 @@ def limited_subset(label, n, seed):
     return np.isin(np.arange(len(label)), np.argsort(turn, kind="stable")[:n])
 
 
-def choose_vocab(train, aux, vocab_size, n_kept):
-    """Old word ids in order of their new ids: SPECIAL, the target's training words by frequency, a parent's
-    in their order, the auxiliary task's by frequency: they fill what is left and take the place of no other.
+def choose_vocab(train, aux, known, vocab_size, always):
+    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then the auxiliary
+    task's by frequency: they fill what is left and take the place of no other.
 
-    At most vocab_size, except that the old ids below n_kept, SPECIAL and a parent's words, always stay.
+    train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between equally
+    frequent ones. At most vocab_size tokens, but SPECIAL and those in `always` stay in any case.
     """
 
-    def by_frequency(examples):
-        count = np.bincount(examples.tokens, minlength=len(SPECIAL))
-        count[: len(SPECIAL)] = len(examples.tokens) + 1  # SPECIAL come first
-        return np.argsort(-count, kind="stable")[: np.count_nonzero(count)].tolist()
+    def by_frequency(rows):
+        count = Counter(token for row in rows for token in row.tokens)
+        return sorted(count.keys() - set(SPECIAL), key=lambda token: (-count[token], known[token]))
 
-    own = by_frequency(train)[:vocab_size]
-    kept = list(dict.fromkeys([*own, *range(n_kept)]))  # each once
-    more = by_frequency(aux) if aux else []
-    return list(dict.fromkeys([*kept, *more]))[: max(vocab_size, len(kept))]
-
-
-def counts(splits, names):
-    """What is recorded: the number of examples of each split, and of each class in training."""
-    examples = {split: len(part.label) for split, part in splits.items()}
-    labels = np.bincount(splits["train"].label, minlength=len(names)).tolist()
-    return {"examples": examples, "labels": dict(zip(names, labels))}
+    own = by_frequency(train)[: vocab_size - len(SPECIAL)]
+    kept = dict.fromkeys([*SPECIAL, *own, *always])  # each once
+    vocab = dict.fromkeys([*kept, *by_frequency(aux)])
+    return list(vocab)[: max(vocab_size, len(kept))]
 
 
-def data_notes(splits, names):
+def encoded(rows, names, vocab, max_length, bert):
+    """Examples from Rows. A BERT reads a word whose pieces are not all in the vocabulary in smaller ones."""
+    token_id = {token: i for i, token in enumerate(vocab)}
+    class_id = {name: i for i, name in enumerate(names)}
+    split, ids = word_pieces(vocab), []
+    for row in rows:
+        tokens = tokenize(row.texts, split, max_length, bert)[0] if bert else row.tokens
+        ids.append(np.array([token_id.get(token, UNK) for token in tokens], dtype=np.int32))
+    return Examples(ids, np.array([class_id[row.name] for row in rows]))
+
+
+def unknown_share(examples):
+    """Share of the tokens of Examples that are not in the vocabulary."""
+    return (np.concatenate(examples.ids) == UNK).mean().item()
+
+
+def data_notes(splits, names, unknown):
     """Yield a line for everything in the target's splits that makes its accuracies misleading."""
     train, test = splits["train"], splits["test"]
-    trained, tested = (np.bincount(part.label, minlength=len(names)) for part in (train, test))
-    if absent := [name for name, n in zip(names, trained) if n == 0]:
+    trained, tested = Counter(row.name for row in train), Counter(row.name for row in test)
+    absent = [name for name in names if name not in trained]
+    if absent:
         yield (f"{len(absent)} of {len(names)} classes have no training example, but "
-               f"{tested[trained == 0].sum()} test texts: {', '.join(absent)[:60]}")
-    if again := np.isin(test.text_hash, train.text_hash).sum():
+               f"{sum(tested[name] for name in absent)} test texts: {', '.join(absent)[:60]}")
+    alike = Counter(name.casefold() for name in names)
+    similar = [name for name in names if alike[name.casefold()] > 1]
+    if similar:
+        yield f"names of classes that differ only by case: {', '.join(similar)[:60]}"
+    named = {(row.key, row.name) for rows in splits.values() for row in rows}
+    twice = sum(n > 1 for n in Counter(key for key, _ in named).values())
+    if twice:
+        yield f"{twice} texts occur with more than one label"
+    keys = {row.key for row in train}
+    again = sum(row.key in keys for row in test)
+    if again:
         yield f"{again} of the test texts also occur among the training examples"
-    if (cut := train.cut.mean()) > 0.1:
+    cut = sum(row.cut for row in train) / len(train)
+    if cut > 0.1:
         yield f"{cut:.0%} of the training texts are longer than max_length and were cut"
     for split in ("validation", "test"):
-        if (n := len(splits[split].label)) < 100:
-            yield f"only {n} {split} texts: the {split} accuracy is uncertain"
-    if (share := tested.max() / tested.sum()) > 0.9:
-        name = names[tested.argmax()][:40]
-        yield f"{share:.1%} of the test texts are of class {name}: see macro-F1, not accuracy"
+        if len(splits[split]) < 100:
+            yield f"only {len(splits[split])} {split} texts: the {split} accuracy is uncertain"
+    name, n = tested.most_common(1)[0]
+    if n > 0.9 * len(test):
+        yield f"{n / len(test):.1%} of the test texts are of class {name[:40]}: see macro-F1, not accuracy"
+    if unknown > 0.5:
+        yield f"{unknown:.0%} of the words of the test texts are unknown: is it a language without spaces?"
 
 
-def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent_words=()):
+def about(splits, names, where, task):
+    """What is recorded of a task; examples and labels are those that are used. task: as for read_task."""
+    count = Counter(row.name for row in splits["train"])
+    return {
+        "text_columns": task[1],
+        "label_column": task[2],
+        "splits": {split: where.get(split, "a tenth of train, by a hash of the text") for split in splits},
+        "examples": {split: len(rows) for split, rows in splits.items()},
+        "labels": {name: count[name] for name in names},
+        "first": [*splits["train"][0].texts, splits["train"][0].name],
+    }
+
+
+def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None):
     """Load both tasks and return a Data: the limited training subset, and one vocabulary. Raises InputError.
 
-    target, aux: Source; aux None = no auxiliary task. n_target: target examples to train on, 0 = all.
-    parent_words: words of a network to start from, which stay in the vocabulary whatever vocab_size is.
-    Auxiliary examples whose text also occurs in the target's validation or test split are dropped. The
-    record's fingerprints are of whole splits, its counts and shares of the examples that are used.
+    target, aux: (spec, list of text columns, label column); aux None = no auxiliary task. n_target: target
+    examples to train on, 0 = all. parent: a network to start from, whose tokenizer is used and whose words
+    stay known; of a BERT those stay that occur in training, and every single character.
+    Auxiliary examples whose text also occurs in the target's validation or test split are dropped.
     """
-    word_id = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, *parent_words]))}
-    n_kept = len(word_id)
-    splits, names, about, notes = load_task(target, tuple(NAMES), max_length, word_id)
+    bert = parent is not None and parent.config.bert
+    split, always = (parent.split if bert else words), (parent.vocab if parent else [])
+    if bert:
+        always = [CLS, *(piece for piece in parent.vocab if len(piece.removeprefix("##")) == 1)]
+    known = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *always]))}
+
+    # the target, and the examples to train on
+    pairs, where, notes = read_task(*target)
+    splits = complete({name: tokenized(pairs[name], split, max_length, bert, known) for name in pairs})
+    notes += [f"no {name} split: a tenth of train, by a hash of the text, is used" for name in SPLITS if name not in pairs]
+    names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
     train = splits["train"]
-    n_all = len(train.label)
-    if n_target == 1 or n_target > n_all:
-        held = len(splits["validation"].label) + len(splits["test"].label)
-        raise InputError(f"n_target {n_target}: of {n_all} training examples take at least 2, or 0 for all "
-                         f"({held} others are for validation and test)")
-    splits["train"] = train.take(limited_subset(train.label, n_target or None, seed))
-    notes += data_notes(splits, names)
-    labels, record = {"target": names}, {"target": about | counts(splits, names)}
+    if len({row.name for row in train}) < 2:
+        raise InputError(f"a single class to train on in {target[0]}: {train[0].name[:60]}")
+    if n_target == 1 or n_target > len(train):
+        raise InputError(f"n_target {n_target}: of {len(train)} training examples take at least 2, or 0 for all "
+                         f"({len(splits['validation']) + len(splits['test'])} others are for validation and test)")
+    class_id = {name: i for i, name in enumerate(names["target"])}
+    chosen = limited_subset(np.array([class_id[row.name] for row in train]), n_target or None, seed)
+    splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
+    record = {"target": about(splits, names["target"], where, target)}
+
+    # the auxiliary task, without what is held out of the target
+    aux_rows = []
     if aux:
-        part, labels["auxiliary"], about, more = load_task(aux, ("train",), max_length, word_id)
-        held_out_texts = [splits[split].text_hash for split in ("validation", "test")]
-        leaks = np.isin(part["train"].text_hash, np.concatenate(held_out_texts))
-        if leaks.all():
-            raise InputError(f"every training example of {aux.spec} is held out in {target.spec}")
-        notes += [*more, f"dropped {leaks.sum()} auxiliary examples found in the target's held-out data"]
-        splits["aux"] = part["train"].take(~leaks)
-        record["auxiliary"] = about | counts({"train": splits["aux"]}, labels["auxiliary"])
-    chosen = choose_vocab(splits["train"], splits.get("aux"), vocab_size, n_kept)
-    new_id = np.full(len(word_id), UNK, dtype=np.int32)
-    new_id[chosen] = np.arange(len(chosen))
-    splits = {name: part._replace(tokens=new_id[part.tokens]) for name, part in splits.items()}
-    record["unknown"] = {name: (splits[name].tokens == UNK).mean().item() for name in ("train", "test")}
-    record["cut"] = splits["train"].cut.mean().item()
-    known = list(word_id)
-    vocab = [known[i] for i in chosen]
-    return Data(**{"aux": None, **splits}, vocab=vocab, labels=labels, notes=notes, record=record)
+        pairs, where, more = read_task(*aux, "aux_")
+        rows = tokenized(pairs["train"], split, max_length, bert, known)
+        names["auxiliary"] = sorted({row.name for row in rows})
+        held = {row.key for name in ("validation", "test") for row in splits[name]}
+        aux_rows = [row for row in rows if row.key not in held]
+        if len({row.name for row in aux_rows}) < 2:
+            raise InputError(f"{aux[0]} has fewer than two classes in texts that are not held out of the target")
+        notes += [*more, f"dropped {len(rows) - len(aux_rows)} auxiliary examples found in the target's held-out data"]
+        record["auxiliary"] = about({"train": aux_rows}, names["auxiliary"], where, aux)
+
+    # one vocabulary, and ids instead of words
+    vocab = choose_vocab(splits["train"], aux_rows, known, vocab_size, always)
+    found = {name: encoded(rows, names["target"], vocab, max_length, bert) for name, rows in splits.items()}
+    auxiliary = encoded(aux_rows, names["auxiliary"], vocab, max_length, bert) if aux else None
+    record["unknown"] = {name: unknown_share(found[name]) for name in ("train", "test")}
+    notes += data_notes(splits, names["target"], record["unknown"]["test"])
+    return Data(found["train"], found["validation"], found["test"], auxiliary, vocab, names, notes, record)
 
 
 def epoch_order(length, batch_size, rng):
@@ -584,22 +567,17 @@ def epoch_order(length, batch_size, rng):
     return np.concatenate(batches)
 
 
-def batch_order(examples, batch_size, seed, difficulty=None):
+def batch_order(examples, batch_size, seed):
     """A function from a step to the indices (batch_size,) of its examples: one shuffled epoch after another.
 
     The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
-    and a run that is resumed needs no state to go on. difficulty: (N,) numbers, for epochs that go from easy
-    to hard (a curriculum); None = batches in random order.
+    and a run that is resumed needs no state to go on.
     """
-    length = np.diff(examples.start)
+    length = np.array([len(ids) for ids in examples.ids])
 
     @lru_cache(maxsize=2)
     def epoch(number):
-        rng = np.random.default_rng([seed, number])
-        if difficulty is None:
-            return epoch_order(length, batch_size, rng)
-        order = rng.permutation(len(length))  # equally difficult ones in random order
-        return order[np.argsort(difficulty[order], kind="stable")]
+        return epoch_order(length, batch_size, np.random.default_rng([seed, number]))
 
     def index(step):
         position = range(step * batch_size, (step + 1) * batch_size)
