@@ -50,35 +50,24 @@ def words(text):
     return [sys.intern(word) for word in WORD.findall(normalise(text))]  # equal words share their memory
 
 
-def is_chinese(c):
-    """Is c one of the characters that BERT's tokenizer takes for a word each?"""
-    ranges = ("\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff", "\U00020000\U0002a6df", "\U0002a700\U0002b81f",
-              "\U0002b820\U0002ceaf", "\U0002f800\U0002fa1f")  # fmt: skip
-    return any(first <= c <= last for first, last in ranges)
+CHINESE = ("\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff", "\U00020000\U0002ceaf", "\U0002f800\U0002fa1f")
 
 
-class BertCharacters(dict):
-    """What BERT's tokenizer makes of a character, by its code point, for str.translate; filled when asked."""
-
-    def __missing__(self, code):
-        c, category = chr(code), unicodedata.category(chr(code))
-        if c in "\t\n\r":
-            self[code] = " "
-        elif category == "Mn" or category.startswith("C") or c == "\ufffd":  # accents, control characters
-            self[code] = ""
-        elif category.startswith("P") or c in string.punctuation or is_chinese(c):
-            self[code] = f" {c} "
-        else:
-            self[code] = c
-        return self[code]
-
-
-BERT_CHARACTERS = BertCharacters()
+@lru_cache(maxsize=None)
+def bert_character(c):
+    """What BERT's tokenizer makes of a character of a lower-case text in which accents stand alone (NFD)."""
+    category = unicodedata.category(c)
+    if c in "\t\n\r":
+        return " "
+    if category == "Mn" or category[0] == "C" or c == "\ufffd":  # accents, control characters
+        return ""
+    apart = category[0] == "P" or c in string.punctuation or any(a <= c <= b for a, b in CHINESE)
+    return f" {c} " if apart else c
 
 
 def word_pieces(vocab):
-    """The tokenizer of an uncased BERT, a function from a string to word pieces of `vocab`: of every word the
-    longest piece that it starts with, then of the rest, where pieces start with ##.
+    """The tokenizer of an uncased BERT, a function from a string to pieces of `vocab`: the longest piece that
+    a word starts with, then of the rest, where pieces start with ##.
     """
     known = set(vocab)
 
@@ -96,7 +85,7 @@ def word_pieces(vocab):
         return found
 
     def split(text):
-        plain = unicodedata.normalize("NFD", text.lower()).translate(BERT_CHARACTERS)
+        plain = "".join(map(bert_character, unicodedata.normalize("NFD", text.lower())))
         return [piece for word in plain.split() for piece in pieces(word)]
 
     return split
@@ -105,24 +94,18 @@ def word_pieces(vocab):
 def tokenize(texts, split, max_length, bert):
     """The tokens of an example, at most max_length, and whether some were cut off.
 
-    texts: a tuple of strings; split: `words` or what `word_pieces` returns. The longer text is cut first.
+    texts: a tuple of strings; split: `words` or what `word_pieces` returns. Small: a [SEP] b; a BERT's:
+    [CLS] a [SEP] b [SEP]. The longer text is cut first.
     """
     parts = [split(text) for text in texts]
-    n_marks = len(parts) + 1 if bert else len(parts) - 1
-    room = max(1, max_length - n_marks)
+    room = max(1, max_length - len(parts) + (-1 if bert else 1))  # beside the marks
     cut = sum(len(part) for part in parts) > room
     parts = [part[:room] for part in parts]
     while sum(len(part) for part in parts) > room:
         longest = max(len(part) for part in parts)
-        last = [part for part in parts if len(part) == longest][-1]  # of equally long ones
-        last.pop()
-    tokens = [CLS] if bert else []
-    for part in parts:
-        if tokens and not bert:
-            tokens.append(SPECIAL[SEP])
-        tokens.extend(part)
-        if bert:
-            tokens.append(SPECIAL[SEP])
+        [part for part in parts if len(part) == longest][-1].pop()  # of equally long ones the last
+    tokens = [token for part in parts for token in (*part, SPECIAL[SEP])]
+    tokens = [CLS, *tokens] if bert else tokens[:-1]
     return tokens[:max_length] or [SPECIAL[UNK]], cut
 
 
@@ -267,23 +250,22 @@ class GatedTransformer(nn.Module):
         for anything else, ValueError for another number of texts than the network was trained on.
         """
         if not isinstance(texts, list):
-            raise TypeError(f"texts are a list, not {type(texts).__name__}")
-        encoded = [torch.tensor(self.encode(text, i)) for i, text in enumerate(texts, 1)]
+            raise TypeError(f"texts are a list, not a {type(texts).__name__}")
+        encoded = [torch.tensor(self.encode(text, number)) for number, text in enumerate(texts, 1)]
         parts = [torch.zeros(0, len(self.labels["target"]))]
         for start in range(0, len(texts), 64):
             ids = nn.utils.rnn.pad_sequence(encoded[start : start + 64], batch_first=True, padding_value=PAD)
-            logits = self(ids.to(self.token.weight.device), "target")
-            parts.append(logits.float().softmax(1).cpu())
+            parts.append(self(ids.to(self.norm.weight.device), "target").float().softmax(1).cpu())
         return torch.cat(parts)
 
     def encode(self, text, number):
-        """Token ids of an example, a string or a tuple of strings; number: its place, for error messages."""
-        parts = (text,) if isinstance(text, str) else text
-        if not isinstance(parts, tuple) or not all(isinstance(part, str) for part in parts):
-            raise TypeError(f"text {number} is no string and no tuple of strings: {text!r:.80}")
-        if len(parts) != self.config.n_texts:
-            raise ValueError(f"text {number} is {len(parts)} texts, and the network reads {self.config.n_texts}")
-        tokens, _ = tokenize(parts, self.split, self.config.max_length, self.config.bert)
+        """Token ids of an example, a string or a tuple of strings; number: its place, for messages."""
+        texts = (text,) if isinstance(text, str) else text
+        if not isinstance(texts, tuple) or not all(isinstance(part, str) for part in texts):
+            raise TypeError(f"text {number} is neither a string nor a tuple of strings: {text!r:.80}")
+        if len(texts) != self.config.n_texts:
+            raise ValueError(f"text {number} has {len(texts)} parts, and the network reads {self.config.n_texts}")
+        tokens, _ = tokenize(texts, self.split, self.config.max_length, self.config.bert)
         return [self.word_id.get(token, UNK) for token in tokens]
 
     def predict(self, texts):
@@ -319,7 +301,7 @@ def dropout_noise(model, batch_size, p, generator):
     noise = torch.empty(batch_size, 2 * L + 1, model.config.d_model, device=generator.device)
     noise.bernoulli_(1 - p, generator=generator).div_(1 - p)
     factors = noise.unsqueeze(2).unbind(1)  # 2 L + 1 times (B, 1, C)
-    return Dropout(embedding=factors[2 * L], attention=factors[0 : 2 * L : 2], ffn=factors[1 : 2 * L : 2])
+    return Dropout(factors[2 * L], factors[0 : 2 * L : 2], factors[1 : 2 * L : 2])
 
 
 # ----------------------------------------------------------------------------- the same network smaller
@@ -361,126 +343,104 @@ def extract(model, z):
 
 # ----------------------------------------------------------------------------- loading a BERT
 
-CONFIG = {  # what config.json and tokenizer_config.json may say, if they say it: all else would be misread
-    "model_type": ["bert"],
-    "hidden_act": ["gelu"],
-    "position_embedding_type": ["absolute"],
-    "layer_norm_eps": [1e-12],
-    "do_lower_case": [True],
-    "strip_accents": [None, True],
-    "tokenize_chinese_chars": [True],
-    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
-}
-FILES = ["config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors", "*.index.json"]
-LAYER = {  # our name -> name in a BERT's layer; query, key and value are stacked into qkv
-    "out.weight": "attention.output.dense.weight",
-    "attn_bias": "attention.output.dense.bias",
-    "attn_norm.weight": "attention.output.LayerNorm.weight",
-    "attn_norm.bias": "attention.output.LayerNorm.bias",
-    "up.weight": "intermediate.dense.weight",
-    "up.bias": "intermediate.dense.bias",
-    "down.weight": "output.dense.weight",
-    "ffn_bias": "output.dense.bias",
-    "ffn_norm.weight": "output.LayerNorm.weight",
-    "ffn_norm.bias": "output.LayerNorm.bias",
-}
+SUPPORTED = {  # what config.json and tokenizer_config.json may say, if they say it: the rest would be misread
+    "model_type": ["bert"], "hidden_act": ["gelu"], "position_embedding_type": ["absolute"],
+    "layer_norm_eps": [1e-12], "do_lower_case": [True], "strip_accents": [None, True],
+    "tokenize_chinese_chars": [True], "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
+}  # fmt: skip
+FILES = ["config.json", "tokenizer_config.json", "vocab.txt", "*.index.json", "model.safetensors"]
+OURS = {  # names within a layer, theirs -> ours; query, key and value are stacked
+    "attention.output.dense.weight": "out.weight", "attention.output.dense.bias": "attn_bias",
+    "attention.output.LayerNorm.weight": "attn_norm.weight", "attention.output.LayerNorm.bias": "attn_norm.bias",
+    "intermediate.dense.weight": "up.weight", "intermediate.dense.bias": "up.bias",
+    "output.dense.weight": "down.weight", "output.dense.bias": "ffn_bias",
+    "output.LayerNorm.weight": "ffn_norm.weight", "output.LayerNorm.bias": "ffn_norm.bias",
+}  # fmt: skip
 
 
 def load_bert(name):
-    """A dense GatedTransformer without classifiers, with the weights and the whole vocabulary of a BERT.
+    """A dense GatedTransformer without classifiers, with the weights and the vocabulary of a BERT.
 
     name: a folder in the layout of the hub, or owner/name on the hub. Raises ValueError, with one line, for
-    anything that this file would not read as BERT's own implementation does.
+    anything that would not be read as BERT's own implementation reads it.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download  # here: a folder needs no package but torch
-
-        folder = Path(snapshot_download(name, allow_patterns=FILES))
-        if not (folder / "model.safetensors").exists():
-            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "pytorch_model.bin"]))
     try:
-        config, vocab, tensors = read_config(folder), read_vocab(folder), read_tensors(folder)
-        return bert_from(config, vocab, tensors)
+        folder = Path(name) if Path(name).is_dir() else download(name)
+        return bert_from(*read_config(folder), read_tensors(folder))
     except KeyError as error:
-        raise ValueError(f"{name}: {error} is missing") from None
-    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} lacks {error}") from None
+    except Exception as error:  # the hub's and the file readers' dozens of types
         raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from None
 
 
+def download(name):
+    """The folder of a network of the hub, with the files that are needed."""
+    from huggingface_hub import snapshot_download  # here: a folder needs no package but torch
+
+    folder = Path(snapshot_download(name, allow_patterns=FILES))
+    if not (folder / "model.safetensors").exists():
+        folder = Path(snapshot_download(name, allow_patterns=[*FILES, "pytorch_model.bin"]))
+    return folder
+
+
 def read_config(folder):
-    """config.json as a dict. Raises ValueError for another kind of network or tokenizer."""
+    """config.json, a dict, and the word pieces of vocab.txt, a list. Raises ValueError for another kind."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = folder / "tokenizer_config.json"
     said = {**config, **json.loads(tokenizer.read_text(encoding="utf-8"))} if tokenizer.exists() else config
-    for key, values in CONFIG.items():
+    for key, values in SUPPORTED.items():
         if said.get(key, values[0]) not in values:
             raise ValueError(f"{key} {said[key]!r} is not supported, only {values[0]!r}")
     if config["intermediate_size"] != 4 * config["hidden_size"]:
         raise ValueError("intermediate_size is not four times hidden_size")
-    return config
-
-
-def read_vocab(folder):
-    """The word pieces of vocab.txt, a list in order of id. Raises ValueError for a cased vocabulary."""
     vocab = (folder / "vocab.txt").read_bytes().decode().removesuffix("\n").split("\n")
-    for piece in vocab:
-        if piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece):
-            raise ValueError(f"a cased vocabulary is not supported: {piece!r} in vocab.txt")
-    return vocab
+    if cased := [piece for piece in vocab if piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece)]:
+        raise ValueError(f"a cased vocabulary is not supported: {cased[0]!r} in vocab.txt")
+    return config, vocab
 
 
 def read_tensors(folder):
-    """name -> float32 tensor of model.safetensors, else of pytorch_model.bin."""
+    """name -> tensor of model.safetensors, else of pytorch_model.bin, by their names in a BERT.
+
+    A safetensors file is eight bytes (a length), JSON of that length, and raw little-endian numbers.
+    """
     if any(folder.glob("*.index.json")):
         raise ValueError("weights in several files are not supported")
     if (folder / "model.safetensors").exists():
-        tensors = read_safetensors(folder / "model.safetensors")
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        dtypes, tensors = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, {}
+        for name, about in json.loads(content[8:start]).items():
+            if dtype := dtypes.get(about.get("dtype")):  # no others are needed
+                first, last = about["data_offsets"]
+                numbers = torch.frombuffer(content[start + first : start + last], dtype=dtype)
+                tensors[name] = numbers.view(about["shape"])
     else:
         tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     renamed = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        renamed[name.removeprefix("bert.")] = tensor.float()
     return renamed
-
-
-def read_safetensors(path):
-    """name -> tensor of a file of eight bytes (a length), JSON of that length, and raw little-endian data."""
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {}
-    for name, about in json.loads(content[8:start]).items():
-        if dtype := dtypes.get(about.get("dtype")):  # no others are needed
-            first, last = about["data_offsets"]
-            values = torch.frombuffer(content[start + first : start + last], dtype=dtype)
-            tensors[name] = values.view(about["shape"])
-    return tensors
 
 
 def bert_from(config, vocab, tensors):
     """The network of `load_bert` from the parts that were read. Raises KeyError for what is missing."""
     L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
     row = {piece: i for i, piece in enumerate(vocab)}
-    special = [row[piece] for piece in SPECIAL]
-    order = special + [i for i in row.values() if i not in special]
-    state = {
-        "token.weight": tensors["embeddings.word_embeddings.weight"][order],  # rows beyond vocab.txt are unused
-        "position.weight": tensors["embeddings.position_embeddings.weight"]
-        + tensors["embeddings.token_type_embeddings.weight"][0],
-        "norm.weight": tensors["embeddings.LayerNorm.weight"],
-        "norm.bias": tensors["embeddings.LayerNorm.bias"],
-    }
+    ours = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # in our order: SPECIAL first
+    state = {name: tensors[f"embeddings.LayerNorm.{name[5:]}"] for name in ("norm.weight", "norm.bias")}
+    state["token.weight"] = tensors["embeddings.word_embeddings.weight"][list(ours.values())]
+    position, kind = (tensors[f"embeddings.{name}_embeddings.weight"] for name in ("position", "token_type"))
+    state["position.weight"] = position + kind[0]
     for i in range(L):
         layer = f"encoder.layer.{i}."
-        for kind in ("weight", "bias"):
-            parts = [tensors[f"{layer}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-            state[f"blocks.{i}.qkv.{kind}"] = torch.cat(parts)
-        for ours, theirs in LAYER.items():
-            state[f"blocks.{i}.{ours}"] = tensors[layer + theirs]
-    shape = Config(len(order), len(state["position.weight"]), C, C // H, [H] * L, [1] * L, bert=True)
-    model = GatedTransformer(shape, [vocab[i] for i in order], {})
+        for part in ("weight", "bias"):
+            qkv = [tensors[f"{layer}attention.self.{name}.{part}"] for name in ("query", "key", "value")]
+            state[f"blocks.{i}.qkv.{part}"] = torch.cat(qkv)
+        state |= {f"blocks.{i}.{name}": tensors[layer + theirs] for theirs, name in OURS.items()}
+    shape = Config(len(ours), len(position), C, C // H, [H] * L, [1] * L, bert=True)
+    model = GatedTransformer(shape, list(ours), {})
     model.load_state_dict(state)
     return model
 

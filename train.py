@@ -113,9 +113,9 @@ def check(args):
         raise InputError(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
     if args.finetune_steps > args.steps:
         raise InputError(f"finetune_steps {args.finetune_steps} is more than the {args.steps} steps in all")
-    for flag, path in (("init", args.init), ("structure", args.structure)):
+    for path in (args.init, args.structure):
         if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
-            raise InputError(f"{flag}: {path} lies in out_dir, which this run overwrites: use another --out_dir")
+            raise InputError(f"{path} lies in out_dir, which this run overwrites: use another --out_dir")
     if args.sparsity:
         check_pruning(args)
 
@@ -127,7 +127,7 @@ def check_pruning(args):
     torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
     reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
     if args.sparsity >= reachable:
-        raise InputError(f"sparsity must be below {reachable:.3f}, which the gates can reach, not {args.sparsity}")
+        raise InputError(f"sparsity {args.sparsity}: the gates can reach {reachable:.3f}")
     if (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn) < head:
         raise InputError(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
@@ -135,13 +135,15 @@ def check_pruning(args):
     # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier to settle
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     if args.structure == "learned" and needed > available:
-        raise InputError(f"with prune_ramp {args.prune_ramp} and gate_lr {args.gate_lr} pruning needs {needed} "
-                         f"steps between prune_start and fine-tuning, not {max(available, 0)}")
+        raise InputError(f"pruning needs {needed} steps, with this prune_ramp and gate_lr, and there are "
+                         f"{available} between prune_start and fine-tuning")
 
 
 # ----------------------------------------------------------------------------- the run
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split, each with a checkpoint
+LINE = ("step {step:5d}  {phase:8}  sparsity {expected_sparsity:.3f}  loss {smoothed_loss_target:.3f}  "
+        "validation accuracy {validation_accuracy:.3f}")  # what an evaluation prints without a terminal
 
 
 def train(args):
@@ -163,7 +165,7 @@ def train(args):
     optimizer = weight_optimizer(net, args.weight_decay)
     # a short memory, because the push of the controller changes its sign often
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
-    structure = all_units(args)  # until it is chosen
+    structure = masks.Units(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))  # until chosen
     first, history, cut, seconds = 0, [], {}, 0.0
     best = {"score": (-1.0, 0.0), "weights": None}
 
@@ -172,8 +174,8 @@ def train(args):
     if args.resume and (out / "checkpoint.pt").exists():
         saved = torch.load(out / "checkpoint.pt", map_location=args.device, weights_only=True)
         refuse_another_run(saved, args, fingerprint)
-        first, history, cut, seconds = saved["step"], saved["history"], saved["cut"], saved["seconds"]
-        best = saved["best"]
+        first, seconds = saved["step"], saved["seconds"]
+        history, cut, best = saved["history"], saved["cut"], saved["best"]
         if cut:
             structure = masks.Units(*saved["structure"])
             net = model.extract(net, structure)
@@ -263,7 +265,7 @@ def train(args):
                    **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
             history.append(row)
             if bar.disable:
-                print_row(row)
+                print(LINE.format(**row), flush=True)
             score = (scores["accuracy"], -scores["loss"])  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > best["score"]:
                 best = {"score": score, "weights": {name: p.clone() for name, p in net.state_dict().items()}}
@@ -290,21 +292,23 @@ def train(args):
     net.load_state_dict(best["weights"])
     prob = gates.prob_open() if args.sparsity and not given else structure
     result = {
-        **test_scores(net, data, args.device),
+        **{f"test_{name}": score for name, score in evaluate(net, data.test, None, args.device).items()},
+        "test_majority": np.bincount(data.test.label).max().item() / len(data.test.label),
+        "label_order": data.labels["target"],
         "validation_accuracy": best["score"][0],
-        **cut,
         "target_sparsity": args.sparsity,
         **gate_numbers(prob, structure, sizes),
+        **cut,
         "heads_kept": structure.head.int().tolist(),
         "ffn_kept": structure.ffn.int().tolist(),
         **size_and_time(net, dense_network(args, data, parent), data, args.device),
+        "seconds": time.time() - began,
         "data": data.record,
         "notes": data.notes,
         "seed": args.seed,
         "args": vars(args),
         "fingerprint": fingerprint,
         "torch": torch.__version__,
-        "seconds": time.time() - began,
     }
     net.save(out / "pruned.pt")
     (out / "result.tmp").write_text(json.dumps(result, indent=1))
@@ -320,38 +324,31 @@ def read_parent(args):
     """The dense network that --init names, or None."""
     if not args.init:
         return None
+    read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
     try:
-        if args.init.endswith(".pt") or Path(args.init).is_file():
-            parent = model.GatedTransformer.load(args.init)
-        else:
-            parent = model.load_bert(args.init)
+        parent = read(args.init).to(args.device)
     except ValueError as error:
         raise InputError(f"init: {error}") from None
-    if len(set(parent.config.heads)) > 1 or not all(parent.config.heads) or not all(parent.config.ffn):
+    if len(set(parent.config.heads)) > 1 or not all(parent.config.ffn):
         raise InputError(f"init: {args.init} is pruned: a parent is dense, of a run with --sparsity 0")
-    return parent.to(args.device)
+    return parent
 
 
 def with_shape(args, parent):
     """The flags, completed by the shape of the network: the parent's, or the default."""
     shape = {"n_layer": 4, "n_head": 4, "d_model": 64}
     if parent:
-        config = parent.config
-        shape = {"n_layer": len(config.heads), "n_head": config.heads[0], "d_model": config.d_model}
-        if args.max_length > config.max_length:
-            raise InputError(f"max_length {args.max_length}: {args.init} reads at most {config.max_length} tokens")
+        heads, longest = parent.config.heads, parent.config.max_length
+        shape = {"n_layer": len(heads), "n_head": heads[0], "d_model": parent.config.d_model}
+        if args.max_length > longest:
+            raise InputError(f"max_length {args.max_length}: {args.init} reads at most {longest} tokens")
     flags = dict(vars(args))
     for name, value in shape.items():
+        if parent and flags[name] not in (None, value):
+            raise InputError(f"{name} {flags[name]}: {args.init} has {value}; leave the flag out")
         if flags[name] is None:
             flags[name] = value
-        elif parent and flags[name] != value:
-            raise InputError(f"{name} {flags[name]}: {args.init} has {value}; leave the flag out")
     return argparse.Namespace(**flags)
-
-
-def all_units(args):
-    """The structure in which every unit is kept."""
-    return masks.Units(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))
 
 
 def given_structure(args):
@@ -375,27 +372,25 @@ def read_structure(args):
     try:
         result = json.loads(Path(args.structure).read_text())
         kept = masks.Units(torch.tensor(result["heads_kept"]).float(), torch.tensor(result["ffn_kept"]).float())
-        sparsity = result["target_sparsity"]
+        fits = (*kept.head.shape, *kept.ffn.shape, result["target_sparsity"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"structure {args.structure} is not learned, random, bottom, or a run's result.json") from None
-    shapes = tuple(kept.head.shape), tuple(kept.ffn.shape)
-    if shapes != ((args.n_layer, args.n_head), (args.n_layer,)) or sparsity != args.sparsity:
-        raise InputError(f"structure: {args.structure} has heads {shapes[0]} and sparsity {sparsity}, this run "
-                         f"{(args.n_layer, args.n_head)} and {args.sparsity}: use the same")
+        raise InputError(f"structure {args.structure} is not learned, random, bottom or a result.json") from None
+    if fits != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
+        raise InputError(f"structure: {args.structure} has another number of layers or heads, or sparsity")
     return kept
 
 
 def load(args, parent=None):
     """The Data of a run; what was read is printed. parent: the network to start from."""
     target = (args.target, args.text_columns, args.label_column)
-    aux = (args.aux, args.aux_text_columns, args.aux_label_column)
-    vocab_size = args.vocab_size or (10**9 if parent and parent.config.bert else 10_000)
-    data = transfer.prepare(target, None if args.aux == "none" else aux, n_target=args.n_target,
-                            max_length=args.max_length, vocab_size=vocab_size, seed=args.seed, parent=parent)
+    aux = (args.aux, args.aux_text_columns, args.aux_label_column) if args.aux != "none" else None
+    bert = parent is not None and parent.config.bert
+    vocab_size = args.vocab_size or (10**9 if bert else 10_000)
+    data = transfer.prepare(target, aux, n_target=args.n_target, max_length=args.max_length,
+                            vocab_size=vocab_size, seed=args.seed, parent=parent)
     if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append(f"no transfer: transfer_start {args.transfer_start} is not before transfer_stop, "
-                          f"or not before the last of {args.steps} steps")
-    if parent and parent.config.bert and args.lr > 3e-4:
+        data.notes.append("no transfer: transfer_start is not before transfer_stop, or not before the last step")
+    if bert and args.lr > 3e-4:
         data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets what it knows: try 1e-4")
     print_data(data, args)
     return data
@@ -404,33 +399,25 @@ def load(args, parent=None):
 def print_data(data, args):
     """What was read, in a few lines."""
     for task, spec in (("target", args.target), ("auxiliary", args.aux)):
-        if task in data.record:
-            about = data.record[task]
-            say(f"{task} {spec}")
-            for split, n in about["examples"].items():
-                say(f"  {split}: {n} examples from {about['splits'][split]}")
-            *texts, name = about["first"]
-            say(f"  the first: {' | '.join(texts)[:80]!r} is {name[:40]!r}")
+        if about := data.record.get(task):
             names = ", ".join(about["labels"])
-            say(f"  {len(about['labels'])} classes: {names if len(names) < 70 else names[:66] + ' ...'}")
-    unknown = data.record["unknown"]
-    say(f"{len(data.vocab)} known tokens; unknown are {unknown['train']:.1%} in training, {unknown['test']:.1%} in test")
+            say(f"{task} {spec}, {len(about['labels'])} classes: {names if len(names) < 70 else names[:66] + ' ...'}")
+            for split, n in about["examples"].items():
+                say(f"  {split}: {n} examples of {about['splits'][split]}")
+            *texts, name = about["first"]
+            say(f"  the first is {name[:40]!r}: {' | '.join(texts)[:80]!r}")
+    say("{} known tokens; unknown are {train:.1%} in training, {test:.1%} in test".format(
+        len(data.vocab), **data.record["unknown"]))
     for note in data.notes:
         say(f"note: {note}")
 
 
 def dense_network(args, data, parent=None):
     """The network before pruning, with random weights; of the parent's kind, if there is one."""
-    config = model.Config(
-        vocab_size=len(data.vocab),
-        max_length=args.max_length,
-        d_model=args.d_model,
-        d_head=args.d_model // args.n_head,
-        heads=[args.n_head] * args.n_layer,
-        ffn=[1] * args.n_layer,
-        n_texts=len(args.text_columns),
-        bert=parent is not None and parent.config.bert,
-    )
+    bert = parent is not None and parent.config.bert
+    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
+    config = model.Config(len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head, heads, ffn,
+                          n_texts=len(args.text_columns), bert=bert)
     return model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
 
 
@@ -461,29 +448,24 @@ def weight_optimizer(net, weight_decay):
 
 def fingerprint_of(data, parent, given):
     """A hash of all that a run reads. Runs that share it and their flags end in the same bits."""
-    structure = [part.tolist() for part in given] if given else None
-    digest = hashlib.sha256(repr([data.vocab, data.labels, structure]).encode(errors="replace"))
+    arrays = [p.detach().cpu().numpy() for p in parent.parameters()] if parent else []
+    arrays += [part.numpy() for part in given or ()]
     for examples in (data.train, data.validation, data.test, data.aux):
         if examples:
-            digest.update(np.array([len(ids) for ids in examples.ids]).tobytes())
-            digest.update(np.concatenate(examples.ids).tobytes())
-            digest.update(examples.label.tobytes())
-    if parent:
-        for p in parent.parameters():
-            digest.update(p.detach().cpu().numpy().tobytes())
+            arrays += [examples.label, np.array([len(ids) for ids in examples.ids]), *examples.ids]
+    digest = hashlib.sha256(repr([data.vocab, data.labels]).encode(errors="replace"))
+    for array in arrays:
+        digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
 
 def refuse_another_run(saved, args, fingerprint):
     """Raise InputError unless a checkpoint or result is of a run with these flags that read the same."""
-    free = ("resume", "seeds", "out_dir")
     for name, value in vars(args).items():
-        if name not in free and saved["args"].get(name) != value:
-            raise InputError(f"the run in {args.out_dir} has {name} {saved['args'].get(name)}, not {value}: use the "
-                             "same, or run without --resume")
+        if name not in ("resume", "seeds", "out_dir") and saved["args"].get(name) != value:
+            raise InputError(f"{args.out_dir} holds a run with {name} {saved['args'].get(name)}, not {value}")
     if saved["fingerprint"] != fingerprint:
-        raise InputError(f"the run in {args.out_dir} read other data, another parent or another structure: run "
-                         "without --resume")
+        raise InputError(f"{args.out_dir} holds a run on other data, from another parent or structure")
 
 
 def prepare_folder(args):
@@ -492,11 +474,10 @@ def prepare_folder(args):
     out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         say(f"note: there is no run in {out} to resume: starting at step 0")
-    files = [out / name for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt")]
-    if any(file.exists() for file in files):
-        say(f"note: the earlier run in {out} is overwritten")
-    for file in files:
-        file.unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
+        if (out / name).exists():
+            say(f"note: {out / name} of an earlier run is removed")
+            (out / name).unlink()
 
 
 # ----------------------------------------------------------------------------- one step
@@ -561,17 +542,14 @@ def evaluate(net, examples, z, device):
     at_once = max(1, 256**3 // max(256, length.max()) ** 2)  # texts: their attention scores take length**2
     parts = np.array_split(order, max(1, len(order) // at_once))
     logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts]).float().cpu()
-    labels, predicted = torch.from_numpy(examples.label[order]), logits.argmax(1)
-    C = logits.shape[1]
-    hits = torch.bincount(labels[labels == predicted], minlength=C).double()
-    total = torch.bincount(labels, minlength=C) + torch.bincount(predicted, minlength=C)
-    confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C) if C < 100 else None
-    return {
-        "accuracy": (hits.sum() / len(labels)).item(),
-        "macro_f1": (2 * hits / total).nanmean().item(),  # nan: a class that neither occurs nor is predicted
-        "loss": F.cross_entropy(logits, labels).item(),
-        "confusion": None if confusion is None else confusion.tolist(),
-    }
+    labels, predicted, C = torch.from_numpy(examples.label[order]), logits.argmax(1), logits.shape[1]
+    hits = labels[labels == predicted].bincount(minlength=C)
+    f1 = 2 * hits.double() / (labels.bincount(minlength=C) + predicted.bincount(minlength=C))
+    confusion = (labels * C + predicted).bincount(minlength=C * C).view(C, C).tolist() if C < 100 else None
+    loss = F.cross_entropy(logits, labels).item()
+    accuracy = hits.sum().item() / len(labels)
+    # a class that neither occurs nor is predicted is nan
+    return {"accuracy": accuracy, "macro_f1": f1.nanmean().item(), "loss": loss, "confusion": confusion}
 
 
 def accuracies(net, z, data, device):
@@ -582,29 +560,15 @@ def accuracies(net, z, data, device):
 
 def gate_numbers(prob, z, sizes):
     """What is reported about gates: their probabilities and values, Units; sizes: from model.unit_sizes."""
-    open_units = masks.Units(z.head > 0, z.ffn > 0)
     return {
         "expected_sparsity": masks.sparsity(prob, *sizes).item(),
-        "deterministic_sparsity": masks.sparsity(open_units, *sizes).item(),
-        "prob_open": {
-            "head": prob.head.cpu().double().round(decimals=4).tolist(),
-            "ffn": prob.ffn.cpu().double().round(decimals=4).tolist(),
-        },
-    }
-
-
-def test_scores(net, data, device):
-    """Scores on the test split, and what answering the most frequent class would score."""
-    scores = evaluate(net, data.test, None, device)
-    return {
-        **{f"test_{name}": score for name, score in scores.items()},
-        "test_majority": np.bincount(data.test.label).max().item() / len(data.test.label),
-        "label_order": data.labels["target"],
+        "deterministic_sparsity": masks.sparsity(masks.Units(z.head > 0, z.ffn > 0), *sizes).item(),
+        "prob_open": {name: p.cpu().double().round(decimals=4).tolist() for name, p in prob._asdict().items()},
     }
 
 
 def size_and_time(net, dense, data, device):
-    """Parameters and milliseconds for up to 32 test texts, of the network and of the dense one."""
+    """Parameters and milliseconds for up to 32 test texts, of the pruned and of the dense network."""
     ids, _ = data.test.batch(np.arange(min(32, len(data.test.label))), device)
     slow, fast = latency_ms([dense, net], ids)
     return {
@@ -622,12 +586,6 @@ def latency_ms(nets, ids, repeats=20):
     """Median milliseconds of a forward pass of ids (B, T), for each network; the networks take turns."""
     seconds = [[timeit(lambda: net(ids, "target").cpu(), number=1) for net in nets] for _ in range(repeats)]
     return [1000 * statistics.median(of_one) for of_one in zip(*seconds)]
-
-
-def print_row(row):
-    """An evaluation in one line."""
-    print(f"step {row['step']:5d}  {row['phase']:8}  sparsity {row['expected_sparsity']:.3f}  "
-          f"loss {row['smoothed_loss_target']:.3f}  validation accuracy {row['validation_accuracy']:.3f}", flush=True)
 
 
 def report(result):

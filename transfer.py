@@ -152,7 +152,6 @@ def reviews(domain):
 # ----------------------------------------------------------------------------- any other task
 
 SPLITS = ("train", "validation", "test")
-KINDS = (".jsonl", ".csv", ".parquet")
 
 
 class InputError(Exception):
@@ -170,22 +169,19 @@ def decoded(file):
 
 
 def json_rows(file):
-    """Yield (place, dict) for every row of a JSON Lines file; the place is for messages."""
+    """Yield (place, row) for every line of a JSON Lines file; the place is for messages."""
     for number, line in enumerate(decoded(file), 1):
         place = f"{file}, line {number}"
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{place}: not an object, like {{"text": "...", "label": "..."}}')
-        yield place, row
+        if line.strip():
+            yield place, row
 
 
 def csv_rows(file):
-    """Yield (place, dict) for every row of a CSV file. Cells are strings, as they are written."""
+    """Yield (place, row) for every row of a CSV file. Cells are strings, as they are written."""
     csv.field_size_limit(2**31 - 1)  # no limit; the default is 131,072 characters
     reader = csv.DictReader(decoded(file), strict=True)
     try:
@@ -195,8 +191,8 @@ def csv_rows(file):
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{place}: not {len(header)} cells, as in the header; cells are separated by "
-                                 "commas, and texts with commas or line breaks need quotes")
+                raise InputError(f"{place}: not {len(header)} cells, as in the header: cells are separated by "
+                                 "commas, and texts with commas need quotes")
             if list(row.values()) == header:
                 raise InputError(f"{place}: the header once more")
             yield place, row
@@ -205,44 +201,42 @@ def csv_rows(file):
 
 
 def parquet_rows(file):
-    """Yield (place, dict) for every row of a parquet file."""
-    import pyarrow.parquet  # here, not above: most runs need no parquet; `datasets` installs it
+    """Yield (place, row) for every row of a parquet file."""
+    import pyarrow.parquet  # here, not above: most runs read none; `datasets` installs it
 
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: {' '.join(str(error).split())[:200]}") from None
 
 
+READERS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
 def local_rows(spec):
-    """The splits of a file or folder: split -> iterator of (place, row), split -> file, names of other files."""
-    path, files, unread = Path(spec), {}, []
+    """The splits of a file or folder: split -> iterator of (place, row), split -> file, other files' names."""
+    path = Path(spec)
     if path.is_file():
-        if path.suffix not in KINDS:
-            raise InputError(f"{spec}: only {', '.join(KINDS)} files are read")
-        files["train"] = path
-    else:
-        for file in sorted(path.iterdir()):
-            if file.suffix not in KINDS:
-                continue
-            if file.stem not in SPLITS:
-                unread.append(file.name)
-            elif file.stem in files:
-                raise InputError(f"two files for one split: {files[file.stem]} and {file}")
-            else:
-                files[file.stem] = file
-    reader = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-    rows = {split: reader[file.suffix](file) for split, file in files.items()}
-    return rows, {split: str(file) for split, file in files.items()}, unread
+        if path.suffix not in READERS:
+            raise InputError(f"{spec}: only {', '.join(READERS)} files are read")
+        return {"train": READERS[path.suffix](path)}, {"train": spec}, []
+    rows, where, unread = {}, {}, []
+    for file in sorted(file for file in path.iterdir() if file.suffix in READERS):
+        if file.stem in rows:
+            raise InputError(f"two files for one split: {where[file.stem]} and {file}")
+        if file.stem in SPLITS:
+            rows[file.stem], where[file.stem] = READERS[file.suffix](file), str(file)
+        else:
+            unread.append(file.name)
+    return rows, where, unread
 
 
 def hub_rows(spec):
     """The same for a data set of the hub, owner/name or owner/name:config; classes are given by their names."""
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or spec.endswith(KINDS):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or Path(spec).suffix in READERS:
         raise InputError(f"no such file or folder: {spec!r}")
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
 
@@ -254,73 +248,64 @@ def hub_rows(spec):
         raise InputError(f"{spec}: no such file or folder, nor a data set of the hub: {reason}") from None
 
     def rows_of(split):
-        table = loaded[split]
-        named = {c: f for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-        for number, row in enumerate(table, 1):
-            for column, feature in named.items():
-                if row[column] is not None and row[column] >= 0:  # -1 stands for no label
+        for number, row in enumerate(loaded[split], 1):
+            for column, feature in loaded[split].features.items():
+                if isinstance(feature, datasets.ClassLabel) and (row[column] or 0) >= 0:  # -1: no label
                     row[column] = feature.int2str(row[column])
             yield f"{split} of {spec}, row {number}", row
 
-    found = [split for split in loaded if split in SPLITS]
-    rows = {split: rows_of(split) for split in found}
-    unread = [split for split in loaded if split not in SPLITS]
-    return rows, {split: f"{split} of {spec}" for split in found}, unread
+    found = [split for split in SPLITS if split in loaded]
+    where = {split: f"{split} of {spec}" for split in found}
+    return {split: rows_of(split) for split in found}, where, [split for split in loaded if split not in SPLITS]
 
 
 def read_task(spec, text_columns, label_column, flag=""):
     """The rows of a task: {split: list of (tuple of texts, class name)}, where each split came from, and notes.
 
-    spec: as the user names it. text_columns: a list; label_column: a name. flag: "aux_" for the auxiliary
-    task: messages then name --aux_text_columns. A split whose labels are all -1 has none. Raises InputError.
+    spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages then name
+    --aux_text_columns. A split whose labels are all -1 has none, and is not read. Raises InputError.
     """
     if spec.startswith("reviews:"):
         domain = spec.removeprefix("reviews:")
         if domain not in NOUNS:
             raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
-        if text_columns != ["text"] or label_column != "label":
+        if (text_columns, label_column) != (["text"], "label"):
             raise InputError(f"{spec} has one text and one label: there is no column to name")
         splits = {split: [((text,), name) for text, name in rows] for split, rows in reviews(domain).items()}
         return splits, dict.fromkeys(SPLITS, spec), []
     rows, where, unread = local_rows(spec) if Path(spec).exists() else hub_rows(spec)
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     if "train" not in rows:
-        raise InputError(f"{spec} has no train split: name a file train.jsonl, train.csv or train.parquet")
+        raise InputError(f"{spec} has no train split: name a file train{' or train'.join(READERS)}")
     splits = {}
-    for split in SPLITS:
-        pairs = []
-        for place, row in rows.get(split, ()):
-            missing = [column for column in (*text_columns, label_column) if column not in row]
-            if missing:
-                raise InputError(f"{place}: no column {', '.join(missing)}; there are {', '.join(row)[:200]}: name "
-                                 f"the right ones with --{flag}text_columns and --{flag}label_column")
-            texts = tuple(text_of(row[column], f"{place}, {column}") for column in text_columns)
-            pairs.append((texts, label_of(row[label_column], f"{place}, {label_column}")))
+    for split in [split for split in SPLITS if split in rows]:
+        pairs = [example(place, row, text_columns, label_column, flag) for place, row in rows[split]]
+        if not pairs:
+            raise InputError(f"{where[split]} is empty")
         if split != "train" and {name for _, name in pairs} == {"-1"}:
             notes.append(f"{where[split]} has no labels: it is not read")
-        elif pairs:
+        else:
             splits[split] = pairs
-        elif split in rows:
-            raise InputError(f"{where[split]} is empty")
     return splits, where, notes
 
 
-def text_of(value, place):
-    """A text as it is. Raises InputError for anything but a string with something in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: a text is a string that is not empty, not {value!r:.40}")
-    return value
-
-
-def label_of(value, place):
-    """The class name of a label: a string, an integer or a boolean. Raises InputError."""
-    if isinstance(value, bool):
-        return str(value).lower()  # as JSON writes it
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: a label is a string, an integer or a boolean, not {value!r:.40}")
-    return unicodedata.normalize("NFC", value.strip())
+def example(place, row, text_columns, label_column, flag):
+    """The texts, a tuple of strings, and the class name of a row. Raises InputError for anything else."""
+    if not isinstance(row, dict):
+        raise InputError(f'{place}: not an object like {{"text": "...", "label": "..."}}')
+    missing = [column for column in (*text_columns, label_column) if column not in row]
+    if missing:
+        raise InputError(f"{place}: no column {', '.join(missing)} among {', '.join(row)[:200]}: name the right "
+                         f"ones with --{flag}text_columns and --{flag}label_column")
+    texts, label = tuple(row[column] for column in text_columns), row[label_column]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{place}: a text is a string that is not empty, not {text!r:.40}")
+    if isinstance(label, int):
+        return texts, str(label).lower()  # a boolean as JSON writes it: true
+    if not isinstance(label, str) or not label.strip():
+        raise InputError(f"{place}: a label is a string, an integer or a boolean, not {label!r:.40}")
+    return texts, unicodedata.normalize("NFC", label.strip())
 
 
 # ----------------------------------------------------------------------------- from rows to examples
@@ -448,54 +433,46 @@ def encoded(rows, names, vocab, max_length, bert):
     return Examples(ids, np.array([class_id[row.name] for row in rows]))
 
 
-def unknown_share(examples):
-    """Share of the tokens of Examples that are not in the vocabulary."""
-    return (np.concatenate(examples.ids) == UNK).mean().item()
-
-
 def data_notes(splits, names, unknown):
-    """Yield a line for everything in the target's splits that makes its accuracies misleading."""
+    """Lines for all in the target's splits that makes its accuracies misleading."""
     train, test = splits["train"], splits["test"]
     trained, tested = Counter(row.name for row in train), Counter(row.name for row in test)
     absent = [name for name in names if name not in trained]
-    if absent:
-        yield (f"{len(absent)} of {len(names)} classes have no training example, but "
-               f"{sum(tested[name] for name in absent)} test texts: {', '.join(absent)[:60]}")
-    alike = Counter(name.casefold() for name in names)
-    similar = [name for name in names if alike[name.casefold()] > 1]
-    if similar:
-        yield f"names of classes that differ only by case: {', '.join(similar)[:60]}"
-    named = {(row.key, row.name) for rows in splits.values() for row in rows}
-    twice = sum(n > 1 for n in Counter(key for key, _ in named).values())
-    if twice:
-        yield f"{twice} texts occur with more than one label"
+    in_absent = sum(tested[name] for name in absent)
+    folded = Counter(name.casefold() for name in names)
+    alike = [name for name in names if folded[name.casefold()] > 1]
+    labelled = {(row.key, row.name) for rows in splits.values() for row in rows}
+    twice = sum(n > 1 for n in Counter(key for key, _ in labelled).values())
     keys = {row.key for row in train}
     again = sum(row.key in keys for row in test)
-    if again:
-        yield f"{again} of the test texts also occur among the training examples"
     cut = sum(row.cut for row in train) / len(train)
-    if cut > 0.1:
-        yield f"{cut:.0%} of the training texts are longer than max_length and were cut"
-    for split in ("validation", "test"):
-        if len(splits[split]) < 100:
-            yield f"only {len(splits[split])} {split} texts: the {split} accuracy is uncertain"
     name, n = tested.most_common(1)[0]
-    if n > 0.9 * len(test):
-        yield f"{n / len(test):.1%} of the test texts are of class {name[:40]}: see macro-F1, not accuracy"
-    if unknown > 0.5:
-        yield f"{unknown:.0%} of the words of the test texts are unknown: is it a language without spaces?"
+    few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
+    found = [
+        (absent, f"{len(absent)} of {len(names)} classes have no training example, but {in_absent} test texts: "
+                 f"{', '.join(absent)[:60]}"),
+        (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
+        (twice, f"{twice} texts occur with more than one label"),
+        (again, f"{again} of the test texts also occur among the training examples"),
+        (cut > 0.1, f"{cut:.0%} of the training texts are longer than max_length and were cut"),
+        (few, f"only {' and '.join(few)} texts: accuracies are uncertain"),
+        (n > 0.9 * len(test), f"{n / len(test):.1%} of the test texts are of class {name[:40]}: see macro-F1"),
+        (unknown > 0.5, f"{unknown:.0%} of the words of the test texts are unknown: are there spaces between them?"),
+    ]  # fmt: skip
+    return [line for holds, line in found if holds]
 
 
 def about(splits, names, where, task):
     """What is recorded of a task; examples and labels are those that are used. task: as for read_task."""
     count = Counter(row.name for row in splits["train"])
+    first = splits["train"][0]
     return {
         "text_columns": task[1],
         "label_column": task[2],
         "splits": {split: where.get(split, "a tenth of train, by a hash of the text") for split in splits},
         "examples": {split: len(rows) for split, rows in splits.items()},
         "labels": {name: count[name] for name in names},
-        "first": [*splits["train"][0].texts, splits["train"][0].name],
+        "first": [*first.texts, first.name],
     }
 
 
@@ -507,8 +484,9 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     stay known; of a BERT those stay that occur in training, and every single character.
     Auxiliary examples whose text also occurs in the target's validation or test split are dropped.
     """
-    bert = parent is not None and parent.config.bert
-    split, always = (parent.split if bert else words), (parent.vocab if parent else [])
+    split, bert, always = words, False, []
+    if parent:
+        split, bert, always = parent.split, parent.config.bert, parent.vocab
     if bert:
         always = [CLS, *(piece for piece in parent.vocab if len(piece.removeprefix("##")) == 1)]
     known = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *always]))}
@@ -516,39 +494,41 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     # the target, and the examples to train on
     pairs, where, notes = read_task(*target)
     splits = complete({name: tokenized(pairs[name], split, max_length, bert, known) for name in pairs})
-    notes += [f"no {name} split: a tenth of train, by a hash of the text, is used" for name in SPLITS if name not in pairs]
+    notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
-    train = splits["train"]
-    if len({row.name for row in train}) < 2:
-        raise InputError(f"a single class to train on in {target[0]}: {train[0].name[:60]}")
+    train, n_held = splits["train"], len(splits["validation"]) + len(splits["test"])
     if n_target == 1 or n_target > len(train):
         raise InputError(f"n_target {n_target}: of {len(train)} training examples take at least 2, or 0 for all "
-                         f"({len(splits['validation']) + len(splits['test'])} others are for validation and test)")
+                         f"({n_held} others are for validation and test)")
     class_id = {name: i for i, name in enumerate(names["target"])}
     chosen = limited_subset(np.array([class_id[row.name] for row in train]), n_target or None, seed)
     splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
     record = {"target": about(splits, names["target"], where, target)}
 
     # the auxiliary task, without what is held out of the target
-    aux_rows = []
+    auxiliary = []
     if aux:
         pairs, where, more = read_task(*aux, "aux_")
         rows = tokenized(pairs["train"], split, max_length, bert, known)
-        names["auxiliary"] = sorted({row.name for row in rows})
         held = {row.key for name in ("validation", "test") for row in splits[name]}
-        aux_rows = [row for row in rows if row.key not in held]
-        if len({row.name for row in aux_rows}) < 2:
-            raise InputError(f"{aux[0]} has fewer than two classes in texts that are not held out of the target")
-        notes += [*more, f"dropped {len(rows) - len(aux_rows)} auxiliary examples found in the target's held-out data"]
-        record["auxiliary"] = about({"train": aux_rows}, names["auxiliary"], where, aux)
+        auxiliary = [row for row in rows if row.key not in held]
+        n_dropped = len(rows) - len(auxiliary)
+        notes += [*more, f"dropped {n_dropped} auxiliary examples found in the target's held-out data"]
+        names["auxiliary"] = sorted({row.name for row in rows})
+        if auxiliary:
+            record["auxiliary"] = about({"train": auxiliary}, names["auxiliary"], where, aux)
+    for task, rows in (("target", train), ("auxiliary", auxiliary)):
+        if task in names and len({row.name for row in rows}) < 2:
+            raise InputError(f"the {task} task has fewer than two classes to train on (in texts not held out)")
 
     # one vocabulary, and ids instead of words
-    vocab = choose_vocab(splits["train"], aux_rows, known, vocab_size, always)
+    vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
     found = {name: encoded(rows, names["target"], vocab, max_length, bert) for name, rows in splits.items()}
-    auxiliary = encoded(aux_rows, names["auxiliary"], vocab, max_length, bert) if aux else None
-    record["unknown"] = {name: unknown_share(found[name]) for name in ("train", "test")}
+    found["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert) if aux else None
+    for name in ("train", "test"):
+        record.setdefault("unknown", {})[name] = (np.concatenate(found[name].ids) == UNK).mean().item()
     notes += data_notes(splits, names["target"], record["unknown"]["test"])
-    return Data(found["train"], found["validation"], found["test"], auxiliary, vocab, names, notes, record)
+    return Data(**found, vocab=vocab, labels=names, notes=notes, record=record)
 
 
 def epoch_order(length, batch_size, rng):
