@@ -50,9 +50,9 @@ STEPS = between(0, 10_000_000, int)
 
 def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter,
-                                     usage="python train.py [--flag value ...], see --help", allow_abbrev=False)  # fmt: skip
+    usage = "python train.py [--flag value ...], see --help"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task to solve: folder, file, or hub name[:config]")
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--aux_label_column", default="label", help="column of the auxiliary task's label")
     add("--n_target", type=between(0, 10**9, int), default=200, help="target examples to train on; 0 = all")
     add("--max_length", type=between(1, 4096, int), default=64, help="tokens of a text that are read")
-    add("--vocab_size", type=between(4, 10**9, int), help="tokens known; left out: 10,000, of a BERT all that occur")
+    add("--vocab_size", type=between(4, 10**9, int), help="tokens known; left out: 10,000, of a BERT all")
     # model
     add("--init", help="start from: pruned.pt of a run with --sparsity 0, or a BERT's folder or hub name")
     add("--n_layer", type=between(1, 100, int), help="layers; left out: the parent's, else 4")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--finetune_steps", type=between(1, 10_000_000, int), default=800, help="last steps, after the cut")
     add("--structure", default="learned", help="learned, random, bottom, or another run's result.json")
     # transfer
-    add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss; 0 = no transfer")
+    add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss, 0 for none")
     add("--transfer_start", type=STEPS, default=1000, help="when: first step with the auxiliary loss")
     add("--transfer_stop", type=between(0, 10**9, int), default=10**9, help="when: first step after transfer")
     add("--coupling", choices=["sum", "project"], default="sum", help="how: project removes conflicts")
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices, never of gates")
     add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread over all labels")
     # run
-    add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, initialisation, order and noise")
+    add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, first weights, order, noise")
     add("--seeds", type=between(1, 1000, int), default=1, help="seeds to run, each with and without transfer")
     add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
@@ -109,41 +109,35 @@ def check(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise InputError(f"device {args.device} is not available here") from None
-    if args.d_model % args.n_head:
-        raise InputError(f"d_model {args.d_model} is not divisible by n_head {args.n_head}")
-    if args.finetune_steps > args.steps:
-        raise InputError(f"finetune_steps {args.finetune_steps} is more than the {args.steps} steps in all")
     for path in (args.init, args.structure):
         if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
             raise InputError(f"{path} lies in out_dir, which this run overwrites: use another --out_dir")
-    if args.sparsity:
-        check_pruning(args)
-
-
-def check_pruning(args):
-    """Raise InputError if the requested sparsity cannot be reached."""
     head, ffn = model.unit_sizes(args.d_model, args.n_head)
+    room = (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn)  # parameters that may stay
     closed = masks.Gates(args.n_layer, args.n_head)
     torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
     reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
-    if args.sparsity >= reachable:
-        raise InputError(f"sparsity {args.sparsity}: the gates can reach {reachable:.3f}")
-    if (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn) < head:
-        raise InputError(f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers")
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
     # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier to settle
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
-    if args.structure == "learned" and needed > available:
-        raise InputError(f"pruning needs {needed} steps, with this prune_ramp and gate_lr, and there are "
-                         f"{available} between prune_start and fine-tuning")
+    too_short = args.sparsity and args.structure == "learned" and needed > available
+    wrong = [
+        (args.d_model % args.n_head, f"d_model {args.d_model} is not divisible by n_head {args.n_head}"),
+        (args.finetune_steps > args.steps, f"finetune_steps {args.finetune_steps} > steps {args.steps}"),
+        (args.sparsity >= reachable, f"sparsity {args.sparsity}: the gates can reach {reachable:.3f}"),
+        (room < head, f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers"),
+        (too_short, f"pruning needs {needed} steps with this prune_ramp and gate_lr, and there are "
+                    f"{available} between prune_start and fine-tuning"),
+    ]  # fmt: skip
+    for is_wrong, message in wrong:
+        if is_wrong:
+            raise InputError(message)
 
 
 # ----------------------------------------------------------------------------- the run
 
 EVAL_EVERY = 100  # steps between two evaluations on the validation split, each with a checkpoint
-LINE = ("step {step:5d}  {phase:8}  sparsity {expected_sparsity:.3f}  loss {smoothed_loss_target:.3f}  "
-        "validation accuracy {validation_accuracy:.3f}")  # what an evaluation prints without a terminal
 
 
 def train(args):
@@ -155,6 +149,7 @@ def train(args):
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     given = given_structure(args)  # None if gates learn it
     data = load(args, parent)
+    print_data(data)
     fingerprint = fingerprint_of(data, parent, given)
     torch.manual_seed(args.seed)  # not earlier: reading a parent draws random numbers
     net = dense_network(args, data, parent)
@@ -166,15 +161,16 @@ def train(args):
     # a short memory, because the push of the controller changes its sign often
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
     structure = masks.Units(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))  # until chosen
-    first, history, cut, seconds = 0, [], {}, 0.0
+    out = Path(args.out_dir)
+    first, history, cut, began = 0, [], {}, time.time()
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
-    out = Path(args.out_dir)
-    if args.resume and (out / "checkpoint.pt").exists():
-        saved = torch.load(out / "checkpoint.pt", map_location=args.device, weights_only=True)
-        refuse_another_run(saved, args, fingerprint)
-        first, seconds = saved["step"], saved["seconds"]
+    saved = saved_run(args, fingerprint) if args.resume else None
+    if saved and "step" not in saved:
+        return saved  # the result of a finished run
+    if saved:
+        first, began = saved["step"], time.time() - saved["seconds"]
         history, cut, best = saved["history"], saved["cut"], saved["best"]
         if cut:
             structure = masks.Units(*saved["structure"])
@@ -185,61 +181,50 @@ def train(args):
         controller.load_state_dict(saved["controller"])
         optimizer.load_state_dict(saved["optimizer"])
         gate_optimizer.load_state_dict(saved["gate_optimizer"])
-    elif args.resume and (out / "result.json").exists():
-        result = json.loads((out / "result.json").read_text())
-        refuse_another_run(result, args, fingerprint)
-        return result
     else:
-        prepare_folder(args)
+        prepare_folder(out)
 
     # ---- schedule and batches
     finetune_start = args.steps - args.finetune_steps
-    prune_start = args.prune_start if args.sparsity and not given else finetune_start
+    learned = args.sparsity and not given
+    prune_start, prune_ramp = (args.prune_start, args.prune_ramp) if learned else (finetune_start, 0)
     sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args)
     auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
-    began = time.time() - seconds
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)  # if there is a terminal
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)  # on a terminal
 
     # ---- the loop
     for step in bar:
-        if step < prune_start:
-            phase = "dense"
-        elif step < finetune_start:
-            phase = "prune"
-        else:
+        phase = "dense" if step < prune_start else "prune"
+        if step >= finetune_start:
             phase = "finetune"
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
-            before = accuracies(net, gates.deterministic(), data, args.device)
+            cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
             structure = given or masks.select(gates.prob_open(), args.sparsity, *sizes)
             net = model.extract(net, structure)
             optimizer = weight_optimizer(net, args.weight_decay)  # Adam's averages had the old shapes
-            after = accuracies(net, None, data, args.device)
-            cut = {"accuracy_before_cut": before, "accuracy_after_cut": after}
+            cut["accuracy_after_cut"] = accuracies(net, None, data, args.device)
         at_work = gates if phase == "prune" else None
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
         # when and what is transferred; what is minimised: the target's loss, the auxiliary loss, the penalty
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
-        shared = transfer.transferred(parameters, args.transfer)
         aux_weight = transfer.aux_weight_at(step, args.aux_weight, args.transfer_start, args.transfer_stop)
         loss_target = task_loss(net, at_work, target, step, args)
         g_target, g_aux = gradients(loss_target, parameters), {}
         terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": 0.0, "penalty": 0.0}
         if aux_weight:
             loss_aux = task_loss(net, at_work, auxiliary, step, args)
-            g_aux = gradients(aux_weight * loss_aux, shared)
+            g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
             terms["smoothed_loss_aux"] = loss_aux.item()
 
         # how: the gradients of the two tasks are coupled; the controller is no task, and is added afterwards
         update = transfer.couple(g_target, g_aux, args.coupling)
-        prob = structure
-        target_sparsity = args.sparsity if phase == "finetune" else 0.0
+        prob = gates.prob_open() if at_work else structure
+        terms["target_sparsity"] = masks.sparsity_at(step, args.sparsity, prune_start, prune_ramp)
         if at_work:
-            prob = gates.prob_open()
-            target_sparsity = masks.sparsity_at(step, args.sparsity, prune_start, args.prune_ramp)
-            gap = masks.sparsity(prob, *sizes) - target_sparsity
+            gap = masks.sparsity(prob, *sizes) - terms["target_sparsity"]
             penalty = controller.penalty(gap)
             update["log_alpha"] = update["log_alpha"] + gradients(penalty, parameters)["log_alpha"]
             terms["penalty"] = penalty.item()
@@ -260,12 +245,13 @@ def train(args):
             z = gates.deterministic() if at_work else None
             scores = evaluate(net, data.validation, z, args.device)
             # what the controller saw in this step; the scores are those of the gates after it
-            row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms,
-                   "target_sparsity": target_sparsity, **gate_numbers(prob, z or structure, sizes),
-                   **{f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}}
+            row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms}
+            row |= gate_numbers(prob, z or structure, sizes)
+            row |= {f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}
             history.append(row)
             if bar.disable:
-                print(LINE.format(**row), flush=True)
+                print(f"step {step + 1:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
+                      f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
             score = (scores["accuracy"], -scores["loss"])  # of equal accuracies, the lower loss wins
             if phase == "finetune" and score > best["score"]:
                 best = {"score": score, "weights": {name: p.clone() for name, p in net.state_dict().items()}}
@@ -290,30 +276,12 @@ def train(args):
 
     # ---- final report
     net.load_state_dict(best["weights"])
-    prob = gates.prob_open() if args.sparsity and not given else structure
-    result = {
-        **{f"test_{name}": score for name, score in evaluate(net, data.test, None, args.device).items()},
-        "test_majority": np.bincount(data.test.label).max().item() / len(data.test.label),
-        "label_order": data.labels["target"],
-        "validation_accuracy": best["score"][0],
-        "target_sparsity": args.sparsity,
-        **gate_numbers(prob, structure, sizes),
-        **cut,
-        "heads_kept": structure.head.int().tolist(),
-        "ffn_kept": structure.ffn.int().tolist(),
-        **size_and_time(net, dense_network(args, data, parent), data, args.device),
-        "seconds": time.time() - began,
-        "data": data.record,
-        "notes": data.notes,
-        "seed": args.seed,
-        "args": vars(args),
-        "fingerprint": fingerprint,
-        "torch": torch.__version__,
-    }
+    result = summary(net, args, data, parent, gates.prob_open() if learned else structure, structure) | cut
+    result |= {"validation_accuracy": best["score"][0], "fingerprint": fingerprint}
+    result["seconds"] = time.time() - began
     net.save(out / "pruned.pt")
-    (out / "result.tmp").write_text(json.dumps(result, indent=1))
-    os.replace(out / "result.tmp", out / "result.json")
-    (out / "checkpoint.pt").unlink()
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
     return result
 
 
@@ -344,10 +312,10 @@ def with_shape(args, parent):
             raise InputError(f"max_length {args.max_length}: {args.init} reads at most {longest} tokens")
     flags = dict(vars(args))
     for name, value in shape.items():
-        if parent and flags[name] not in (None, value):
-            raise InputError(f"{name} {flags[name]}: {args.init} has {value}; leave the flag out")
         if flags[name] is None:
             flags[name] = value
+        elif parent and flags[name] != value:
+            raise InputError(f"{name} {flags[name]}: {args.init} has {value}; leave the flag out")
     return argparse.Namespace(**flags)
 
 
@@ -371,43 +339,41 @@ def read_structure(args):
     """The structure of the run whose result.json --structure names."""
     try:
         result = json.loads(Path(args.structure).read_text())
-        kept = masks.Units(torch.tensor(result["heads_kept"]).float(), torch.tensor(result["ffn_kept"]).float())
-        fits = (*kept.head.shape, *kept.ffn.shape, result["target_sparsity"])
+        heads, ffn = torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"])
+        found = (*heads.shape, *ffn.shape, result["target_sparsity"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"structure {args.structure} is not learned, random, bottom or a result.json") from None
-    if fits != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
+        raise InputError(f"structure: {args.structure} is no structure, nor the result.json of one") from None
+    if found != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
         raise InputError(f"structure: {args.structure} has another number of layers or heads, or sparsity")
-    return kept
+    return masks.Units(heads.float(), ffn.float())
 
 
 def load(args, parent=None):
-    """The Data of a run; what was read is printed. parent: the network to start from."""
+    """The Data of a run. parent: the network to start from."""
     target = (args.target, args.text_columns, args.label_column)
     aux = (args.aux, args.aux_text_columns, args.aux_label_column) if args.aux != "none" else None
-    bert = parent is not None and parent.config.bert
-    vocab_size = args.vocab_size or (10**9 if bert else 10_000)
     data = transfer.prepare(target, aux, n_target=args.n_target, max_length=args.max_length,
-                            vocab_size=vocab_size, seed=args.seed, parent=parent)
+                            vocab_size=args.vocab_size, seed=args.seed, parent=parent)
     if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append("no transfer: transfer_start is not before transfer_stop, or not before the last step")
-    if bert and args.lr > 3e-4:
+        data.notes.append("no transfer: transfer_start is not before transfer_stop, or not before steps")
+    if parent and parent.config.bert and args.lr > 3e-4:
         data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets what it knows: try 1e-4")
-    print_data(data, args)
     return data
 
 
-def print_data(data, args):
+def print_data(data):
     """What was read, in a few lines."""
-    for task, spec in (("target", args.target), ("auxiliary", args.aux)):
-        if about := data.record.get(task):
-            names = ", ".join(about["labels"])
-            say(f"{task} {spec}, {len(about['labels'])} classes: {names if len(names) < 70 else names[:66] + ' ...'}")
-            for split, n in about["examples"].items():
-                say(f"  {split}: {n} examples of {about['splits'][split]}")
-            *texts, name = about["first"]
-            say(f"  the first is {name[:40]!r}: {' | '.join(texts)[:80]!r}")
-    say("{} known tokens; unknown are {train:.1%} in training, {test:.1%} in test".format(
-        len(data.vocab), **data.record["unknown"]))
+    for task in data.labels:
+        about = data.record[task]
+        names = about["labels"]
+        say(f"{task} {about['splits']['train']}, {len(names)} classes: {', '.join(names)[:70]}")
+        for split, n in about["examples"].items():
+            say(f"  {split}: {n} examples of {about['splits'][split]}")
+        *texts, name = about["first"]
+        say(f"  the first is {name[:40]!r}: {' | '.join(texts)[:80]!r}")
+    unknown = data.record["unknown"]
+    say(f"{len(data.vocab)} known tokens; unknown are {unknown['train']:.1%} in training, "
+        f"{unknown['test']:.1%} in test")
     for note in data.notes:
         say(f"note: {note}")
 
@@ -415,8 +381,8 @@ def print_data(data, args):
 def dense_network(args, data, parent=None):
     """The network before pruning, with random weights; of the parent's kind, if there is one."""
     bert = parent is not None and parent.config.bert
-    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
-    config = model.Config(len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head, heads, ffn,
+    heads, ffn, d_head = [args.n_head] * args.n_layer, [1] * args.n_layer, args.d_model // args.n_head
+    config = model.Config(len(data.vocab), args.max_length, args.d_model, d_head, heads, ffn,
                           n_texts=len(args.text_columns), bert=bert)
     return model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
 
@@ -459,21 +425,34 @@ def fingerprint_of(data, parent, given):
     return digest.hexdigest()[:16]
 
 
-def refuse_another_run(saved, args, fingerprint):
-    """Raise InputError unless a checkpoint or result is of a run with these flags that read the same."""
+def saved_run(args, fingerprint):
+    """What --resume finds: a checkpoint, else the result of a finished run, else None.
+
+    Raises InputError if it is of a run with other flags or one that read something else.
+    """
+    checkpoint, result = Path(args.out_dir, "checkpoint.pt"), Path(args.out_dir, "result.json")
+    if checkpoint.exists():
+        try:
+            saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        except Exception:  # whatever a truncated or foreign file provokes
+            raise InputError(f"{checkpoint} cannot be read: remove it to start anew") from None
+    elif result.exists():
+        saved = json.loads(result.read_text())
+    else:
+        say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
+        return None
+    flags = saved.get("args", {})
     for name, value in vars(args).items():
-        if name not in ("resume", "seeds", "out_dir") and saved["args"].get(name) != value:
-            raise InputError(f"{args.out_dir} holds a run with {name} {saved['args'].get(name)}, not {value}")
-    if saved["fingerprint"] != fingerprint:
+        if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
+            raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}, not {value}")
+    if saved.get("fingerprint") != fingerprint:
         raise InputError(f"{args.out_dir} holds a run on other data, from another parent or structure")
+    return saved
 
 
-def prepare_folder(args):
+def prepare_folder(out):
     """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
-    out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        say(f"note: there is no run in {out} to resume: starting at step 0")
     for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
         if (out / name).exists():
             say(f"note: {out / name} of an earlier run is removed")
@@ -560,24 +539,41 @@ def accuracies(net, z, data, device):
 
 def gate_numbers(prob, z, sizes):
     """What is reported about gates: their probabilities and values, Units; sizes: from model.unit_sizes."""
+    head, ffn = (p.cpu().double().round(decimals=4).tolist() for p in prob)
     return {
         "expected_sparsity": masks.sparsity(prob, *sizes).item(),
         "deterministic_sparsity": masks.sparsity(masks.Units(z.head > 0, z.ffn > 0), *sizes).item(),
-        "prob_open": {name: p.cpu().double().round(decimals=4).tolist() for name, p in prob._asdict().items()},
+        "prob_open": {"head": head, "ffn": ffn},
     }
 
 
-def size_and_time(net, dense, data, device):
-    """Parameters and milliseconds for up to 32 test texts, of the pruned and of the dense network."""
-    ids, _ = data.test.batch(np.arange(min(32, len(data.test.label))), device)
+def summary(net, args, data, parent, prob, structure):
+    """What result.json says of the final network: test scores, gates, size and time beside the dense one's.
+
+    prob: probabilities of the gates, structure: what was kept, both Units; the rest as in `train`.
+    """
+    label, dense = data.test.label, dense_network(args, data, parent)
+    ids, _ = data.test.batch(np.arange(min(32, len(label))), args.device)
     slow, fast = latency_ms([dense, net], ids)
     return {
+        **{f"test_{name}": score for name, score in evaluate(net, data.test, None, args.device).items()},
+        "test_majority": np.bincount(label).max().item() / len(label),
+        "label_order": data.labels["target"],
+        "target_sparsity": args.sparsity,
         "delivered_sparsity": 1 - model.prunable(net) / model.prunable(dense),
+        **gate_numbers(prob, structure, model.unit_sizes(args.d_model, args.n_head)),
+        "heads_kept": structure.head.int().tolist(),
+        "ffn_kept": structure.ffn.int().tolist(),
         "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in net.parameters()),
         "latency_dense_ms": slow,
         "latency_pruned_ms": fast,
         "speedup": slow / fast,
+        "data": data.record,
+        "notes": data.notes,
+        "seed": args.seed,
+        "args": vars(args),
+        "torch": torch.__version__,
     }
 
 
@@ -588,20 +584,20 @@ def latency_ms(nets, ids, repeats=20):
     return [1000 * statistics.median(of_one) for of_one in zip(*seconds)]
 
 
-def report(result):
-    """Print what a reader of result.json would look for first."""
-    print(f"test accuracy {result['test_accuracy']:.3f}   macro-F1 {result['test_macro_f1']:.3f}   validation "
-          f"accuracy {result['validation_accuracy']:.3f}   (majority class {result['test_majority']:.3f})")
-    print(f"sparsity delivered {result['delivered_sparsity']:.3f}, requested {result['target_sparsity']:.3f}; "
-          f"{result['params_pruned']:,} of {result['params_dense']:,} parameters left")
-    if "accuracy_before_cut" in result:
-        print(f"test accuracy before the cut {result['accuracy_before_cut']['test']:.3f}, right after it "
-              f"{result['accuracy_after_cut']['test']:.3f}")
-    for i, (heads, ffn) in enumerate(zip(result["heads_kept"], result["ffn_kept"])):
+def report(r):
+    """Print what a reader of r, the dict in result.json, would look for first."""
+    print(f"test accuracy {r['test_accuracy']:.3f}   macro-F1 {r['test_macro_f1']:.3f}   "
+          f"validation accuracy {r['validation_accuracy']:.3f}   (majority class {r['test_majority']:.3f})")
+    print(f"sparsity delivered {r['delivered_sparsity']:.3f}, requested {r['target_sparsity']:.3f}; "
+          f"{r['params_pruned']:,} of {r['params_dense']:,} parameters left")
+    if "accuracy_before_cut" in r:
+        before, after = r["accuracy_before_cut"]["test"], r["accuracy_after_cut"]["test"]
+        print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
+    for i, (heads, ffn) in enumerate(zip(r["heads_kept"], r["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    print(f"{result['latency_dense_ms']:.2f} ms -> {result['latency_pruned_ms']:.2f} ms for up to 32 texts, "
-          f"{result['speedup']:.1f} times faster; training took {result['seconds']:.0f} s")
-    say(f"wrote result.json, history.jsonl and pruned.pt to {result['args']['out_dir']}/")
+    print(f"{r['latency_dense_ms']:.2f} ms -> {r['latency_pruned_ms']:.2f} ms for up to 32 texts, "
+          f"{r['speedup']:.1f} times faster; training took {r['seconds']:.0f} s")
+    say(f"wrote result.json, history.jsonl and pruned.pt to {r['args']['out_dir']}/")
 
 
 # ----------------------------------------------------------------------------- several seeds
@@ -610,8 +606,8 @@ def report(result):
 def compare(args):
     """Run every seed with transfer and without; print means, 95 % intervals and what transfer adds.
 
-    Returns {"transfer": results in order of seed, "no_transfer": the same}. Finished runs are not made again with
-    --resume.
+    Returns {"transfer": results in order of seed, "no_transfer": the same}. With --resume finished runs are
+    not made again.
     """
     weights = {"transfer": args.aux_weight, "no_transfer": 0.0} if args.aux_weight else {"no_transfer": 0.0}
     results = {name: [] for name in weights}
@@ -624,11 +620,10 @@ def compare(args):
     for split in ("validation", "test"):
         points = {name: [100 * r[f"{split}_accuracy"] for r in runs] for name, runs in results.items()}
         if args.aux_weight:
-            points["gain, paired by seed"] = [a - b for a, b in zip(points["transfer"], points["no_transfer"])]
+            points["gain, paired by seed"] = np.subtract(points["transfer"], points["no_transfer"]).tolist()
         for name, values in points.items():
             mean, half = interval(values)
-            print(f"{split:10}  {name:20}  {mean:5.1f} points, 95 % interval [{mean - half:.1f}, {mean + half:.1f}], "
-                  f"n = {len(values)}")
+            print(f"{split:10}  {name:20}  {mean:5.1f}, 95 % interval [{mean - half:.1f}, {mean + half:.1f}]")
     return results
 
 
@@ -649,7 +644,7 @@ def last_checkpoint(out_dir):
     if not found:
         return "interrupted before the first checkpoint"
     step = torch.load(found[-1], map_location="cpu", weights_only=True)["step"]
-    return f"interrupted; the last checkpoint is of step {step}: the same command with --resume goes on from it"
+    return f"interrupted; the same command with --resume goes on from the checkpoint of step {step}"
 
 
 def main():
@@ -661,8 +656,7 @@ def main():
         else:
             report(train(args))
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        line = (str(error) or "out of memory").splitlines()[0]
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{last_checkpoint(args.out_dir)}", file=sys.stderr)

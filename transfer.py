@@ -1,13 +1,14 @@
 """Two tasks: what they say, and how the auxiliary one may teach the network that is pruned for the other.
 
 First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what), `couple`
-(how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or a data set of the hub,
-and `prepare` turns a target and an auxiliary task into token ids, takes the limited training subset and drops
-auxiliary examples that would leak. Last, the order of the batches.
+(how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or a data set of the
+hub, and `prepare` turns a target and an auxiliary task into token ids, takes the limited training subset and
+drops auxiliary examples that would leak. Last, the order of the batches.
 
-A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one such file, a
-train split; or a name on the hub. Texts are strings in column `text`, labels strings, integers or booleans in
-column `label`, unless other columns are named. Nothing is guessed: what does not fit is refused with its row.
+A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one such
+file, a train split; or a name on the hub. Texts are strings in column `text`, labels strings, integers or
+booleans in column `label`, unless other columns are named. Nothing is guessed: what does not fit is refused
+with its row.
 
 Left out on purpose: more than two tasks, tasks that are not classification.
 """
@@ -45,12 +46,11 @@ def transferred(parameters, transfer):
     """
     shared = {}
     for name, p in parameters.items():
+        kind = "gates" if name == "log_alpha" else "weights"
         if name.startswith("classifier."):
             reached = name.startswith("classifier.auxiliary.")
-        elif name == "log_alpha":
-            reached = transfer in ("both", "gates")
         else:
-            reached = transfer in ("both", "weights")
+            reached = transfer in ("both", kind)
         if reached:
             shared[name] = p
     return shared
@@ -66,21 +66,16 @@ def couple(g_target, g_aux, coupling):
     g_target, along it, and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis
     vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
     """
-    update = dict(g_target)
-    dot = norm = torch.zeros(())
-    for name, g in g_aux.items():
-        if name in g_target:
-            update[name] = g_target[name] + g
-            if coupling == "project":
-                dot = dot + torch.sum(g * g_target[name])
-                norm = norm + torch.sum(g_target[name] ** 2)
-        else:
-            update[name] = g
-    if coupling == "project":
+    update = {**g_target, **g_aux}
+    both = [name for name in g_aux if name in g_target]
+    for name in both:
+        update[name] = g_target[name] + g_aux[name]
+    if coupling == "project" and both:
+        dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
+        norm = sum(torch.sum(g_target[name] ** 2) for name in both)
         against = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
-        for name in g_target:
-            if name in g_aux:
-                update[name] = update[name] - against * g_target[name]
+        for name in both:
+            update[name] = update[name] - against * g_target[name]
     return update
 
 
@@ -159,11 +154,14 @@ class InputError(Exception):
 
 
 def decoded(file):
-    """Yield the lines of a UTF-8 file; each is decoded alone, so that an error can name it."""
+    """Yield the lines of a UTF-8 file; each is decoded alone, so that an error can name it.
+
+    A byte order mark may begin any line: files joined with cat have several.
+    """
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise InputError(f"{file}, line {number}: not UTF-8: {error}") from None
 
@@ -171,13 +169,11 @@ def decoded(file):
 def json_rows(file):
     """Yield (place, row) for every line of a JSON Lines file; the place is for messages."""
     for number, line in enumerate(decoded(file), 1):
-        place = f"{file}, line {number}"
         try:
-            row = json.loads(line) if line.strip() else None
+            if line.strip():
+                yield f"{file}, line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: not JSON: {error}") from None
-        if line.strip():
-            yield place, row
+            raise InputError(f"{file}, line {number}: not JSON: {error}") from None
 
 
 def csv_rows(file):
@@ -191,13 +187,12 @@ def csv_rows(file):
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{place}: not {len(header)} cells, as in the header: cells are separated by "
-                                 "commas, and texts with commas need quotes")
+                raise InputError(f"{place}: not {len(header)} cells separated by commas: put texts in quotes")
             if list(row.values()) == header:
                 raise InputError(f"{place}: the header once more")
             yield place, row
     except csv.Error as error:
-        raise InputError(f"{file}, line {reader.line_num}: {error}") from None
+        raise InputError(f"{file}, line {reader.reader.line_num}: {error}") from None
 
 
 def parquet_rows(file):
@@ -209,33 +204,40 @@ def parquet_rows(file):
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
         raise InputError(f"{file}: {' '.join(str(error).split())[:200]}") from None
 
 
 READERS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
-def local_rows(spec):
-    """The splits of a file or folder: split -> iterator of (place, row), split -> file, other files' names."""
-    path = Path(spec)
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise InputError(f"{spec}: only {', '.join(READERS)} files are read")
-        return {"train": READERS[path.suffix](path)}, {"train": spec}, []
-    rows, where, unread = {}, {}, []
-    for file in sorted(file for file in path.iterdir() if file.suffix in READERS):
-        if file.stem in rows:
-            raise InputError(f"two files for one split: {where[file.stem]} and {file}")
-        if file.stem in SPLITS:
-            rows[file.stem], where[file.stem] = READERS[file.suffix](file), str(file)
-        else:
-            unread.append(file.name)
-    return rows, where, unread
+def built_in(spec):
+    """The splits of a built-in task: split -> its (place, row) pairs; the place is for messages."""
+    domain = spec.removeprefix("reviews:")
+    if domain not in NOUNS:
+        raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
+    found = {}
+    for split, pairs in reviews(domain).items():
+        found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
+    return found
 
 
-def hub_rows(spec):
-    """The same for a data set of the hub, owner/name or owner/name:config; classes are given by their names."""
+def from_files(spec):
+    """The same for a file, which is a train split, or a folder; its files of other names come under these."""
+    path, found = Path(spec), {}
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        split = "train" if path.is_file() else file.stem
+        if split not in SPLITS:
+            split = file.name
+        if file.suffix in READERS:
+            if split in found:
+                raise InputError(f"{spec} has two files for one split: {split}")
+            found[split] = READERS[file.suffix](file)
+    return found
+
+
+def from_hub(spec):
+    """The same for owner/name or owner/name:config on the hub; classes are given by their names."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or Path(spec).suffix in READERS:
         raise InputError(f"no such file or folder: {spec!r}")
     import datasets  # here, not above: importing it takes longer than the built-in task takes to load
@@ -245,66 +247,60 @@ def hub_rows(spec):
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # the library raises dozens of types here
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{spec}: no such file or folder, nor a data set of the hub: {reason}") from None
+        raise InputError(f"no such file or folder: {spec!r}, nor on the hub: {reason}") from None
 
     def rows_of(split):
         for number, row in enumerate(loaded[split], 1):
             for column, feature in loaded[split].features.items():
-                if isinstance(feature, datasets.ClassLabel) and (row[column] or 0) >= 0:  # -1: no label
+                if isinstance(feature, datasets.ClassLabel) and row[column] not in (-1, None):  # no label
                     row[column] = feature.int2str(row[column])
             yield f"{split} of {spec}, row {number}", row
 
-    found = [split for split in SPLITS if split in loaded]
-    where = {split: f"{split} of {spec}" for split in found}
-    return {split: rows_of(split) for split in found}, where, [split for split in loaded if split not in SPLITS]
+    return {split: rows_of(split) for split in loaded}
 
 
 def read_task(spec, text_columns, label_column, flag=""):
-    """The rows of a task: {split: list of (tuple of texts, class name)}, where each split came from, and notes.
+    """A task as it is: split -> list of (tuple of texts, class name), and notes. Raises InputError.
 
     spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages then name
-    --aux_text_columns. A split whose labels are all -1 has none, and is not read. Raises InputError.
+    --aux_text_columns. A split whose labels are all -1 has none, and is not read.
     """
     if spec.startswith("reviews:"):
-        domain = spec.removeprefix("reviews:")
-        if domain not in NOUNS:
-            raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
-        if (text_columns, label_column) != (["text"], "label"):
-            raise InputError(f"{spec} has one text and one label: there is no column to name")
-        splits = {split: [((text,), name) for text, name in rows] for split, rows in reviews(domain).items()}
-        return splits, dict.fromkeys(SPLITS, spec), []
-    rows, where, unread = local_rows(spec) if Path(spec).exists() else hub_rows(spec)
+        found = built_in(spec)
+    else:
+        found = from_files(spec) if Path(spec).exists() else from_hub(spec)
+    if "train" not in found:
+        kinds = ", ".join(READERS)
+        raise InputError(f"{spec} has no train split: it needs a file train, and only {kinds} are read")
+    unread = [name for name in found if name not in SPLITS]
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
-    if "train" not in rows:
-        raise InputError(f"{spec} has no train split: name a file train{' or train'.join(READERS)}")
     splits = {}
-    for split in [split for split in SPLITS if split in rows]:
-        pairs = [example(place, row, text_columns, label_column, flag) for place, row in rows[split]]
+    for split in [split for split in SPLITS if split in found]:
+        pairs = [example(place, row, text_columns, label_column, flag) for place, row in found[split]]
         if not pairs:
-            raise InputError(f"{where[split]} is empty")
+            raise InputError(f"{split} of {spec} is empty")
         if split != "train" and {name for _, name in pairs} == {"-1"}:
-            notes.append(f"{where[split]} has no labels: it is not read")
+            notes.append(f"{split} of {spec} has no labels: it is not read")
         else:
             splits[split] = pairs
-    return splits, where, notes
+    return splits, notes
 
 
 def example(place, row, text_columns, label_column, flag):
     """The texts, a tuple of strings, and the class name of a row. Raises InputError for anything else."""
     if not isinstance(row, dict):
         raise InputError(f'{place}: not an object like {{"text": "...", "label": "..."}}')
-    missing = [column for column in (*text_columns, label_column) if column not in row]
-    if missing:
-        raise InputError(f"{place}: no column {', '.join(missing)} among {', '.join(row)[:200]}: name the right "
-                         f"ones with --{flag}text_columns and --{flag}label_column")
+    columns = (*text_columns, label_column)
+    if label_column in text_columns or not all(column in row for column in columns):
+        raise InputError(f"{place} has columns {', '.join(row)[:200]}, and not {', '.join(columns)}: "
+                         f"name the right ones with --{flag}text_columns and --{flag}label_column")
     texts, label = tuple(row[column] for column in text_columns), row[label_column]
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{place}: a text is a string that is not empty, not {text!r:.40}")
     if isinstance(label, int):
-        return texts, str(label).lower()  # a boolean as JSON writes it: true
-    if not isinstance(label, str) or not label.strip():
-        raise InputError(f"{place}: a label is a string, an integer or a boolean, not {label!r:.40}")
+        label = str(label).lower()  # a boolean as JSON writes it: true
+    for cell in (*texts, label):
+        if not isinstance(cell, str) or not cell.strip():
+            raise InputError(f"{place}: a text is a string, a label a string, an integer or a boolean, "
+                             f"and neither is empty: not {cell!r:.40}")
     return texts, unicodedata.normalize("NFC", label.strip())
 
 
@@ -363,17 +359,17 @@ def tokenized(pairs, split, max_length, bert, known):
     return rows
 
 
-def held_out(text_hash):
-    """Boolean mask (N,) of about a tenth of the rows, at most a fifth, by the hashes (N,) of their texts.
+def held_out(keys):
+    """About a tenth, at most a fifth, of the hashes of texts (a list): a set of those not to train on.
 
     Distinct texts in order of hash, duplicates together; a text with too many duplicates is passed over.
     """
-    chosen, taken = [], 0
-    for value, count in zip(*np.unique(text_hash, return_counts=True)):  # sorted
-        if taken < len(text_hash) / 10 and taken + count <= max(1, len(text_hash) // 5):
-            chosen.append(value)
+    chosen, taken = set(), 0
+    for key, count in sorted(Counter(keys).items()):
+        if taken < len(keys) / 10 and taken + count <= max(1, len(keys) // 5):
+            chosen.add(key)
             taken += count
-    return np.isin(text_hash, chosen)
+    return chosen
 
 
 def complete(splits):
@@ -382,11 +378,11 @@ def complete(splits):
     for split in ("test", "validation"):
         if split not in splits:
             train = splits["train"]
-            taken = held_out(np.array([row.key for row in train], dtype=np.uint64))
-            if not taken.any() or taken.all():
+            held = held_out([row.key for row in train])
+            splits[split] = [row for row in train if row.key in held]
+            splits["train"] = [row for row in train if row.key not in held]
+            if not splits[split] or not splits["train"]:
                 raise InputError(f"too few different texts in train to take a {split} split from them")
-            splits[split] = [row for row, is_taken in zip(train, taken) if is_taken]
-            splits["train"] = [row for row, is_taken in zip(train, taken) if not is_taken]
     return splits
 
 
@@ -405,8 +401,8 @@ def limited_subset(label, n, seed):
 
 
 def choose_vocab(train, aux, known, vocab_size, always):
-    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then the auxiliary
-    task's by frequency: they fill what is left and take the place of no other.
+    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then the
+    auxiliary task's by frequency: they fill what is left and take the place of no other.
 
     train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between equally
     frequent ones. At most vocab_size tokens, but SPECIAL and those in `always` stay in any case.
@@ -436,9 +432,8 @@ def encoded(rows, names, vocab, max_length, bert):
 def data_notes(splits, names, unknown):
     """Lines for all in the target's splits that makes its accuracies misleading."""
     train, test = splits["train"], splits["test"]
-    trained, tested = Counter(row.name for row in train), Counter(row.name for row in test)
+    trained = {row.name for row in train}
     absent = [name for name in names if name not in trained]
-    in_absent = sum(tested[name] for name in absent)
     folded = Counter(name.casefold() for name in names)
     alike = [name for name in names if folded[name.casefold()] > 1]
     labelled = {(row.key, row.name) for rows in splits.values() for row in rows}
@@ -446,30 +441,37 @@ def data_notes(splits, names, unknown):
     keys = {row.key for row in train}
     again = sum(row.key in keys for row in test)
     cut = sum(row.cut for row in train) / len(train)
-    name, n = tested.most_common(1)[0]
+    name, n = Counter(row.name for row in test).most_common(1)[0]
+    most = n / len(test)
     few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
     found = [
-        (absent, f"{len(absent)} of {len(names)} classes have no training example, but {in_absent} test texts: "
-                 f"{', '.join(absent)[:60]}"),
+        (absent, f"{len(absent)} of {len(names)} classes have no training example: {', '.join(absent)[:60]}"),
         (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
         (twice, f"{twice} texts occur with more than one label"),
         (again, f"{again} of the test texts also occur among the training examples"),
         (cut > 0.1, f"{cut:.0%} of the training texts are longer than max_length and were cut"),
         (few, f"only {' and '.join(few)} texts: accuracies are uncertain"),
-        (n > 0.9 * len(test), f"{n / len(test):.1%} of the test texts are of class {name[:40]}: see macro-F1"),
-        (unknown > 0.5, f"{unknown:.0%} of the words of the test texts are unknown: are there spaces between them?"),
-    ]  # fmt: skip
+        (most > 0.9, f"{most:.1%} of the test texts are of class {name[:40]}: see macro-F1"),
+        (unknown > 0.5, f"{unknown:.0%} of the words in test are unknown: are there spaces between them?"),
+    ]
     return [line for holds, line in found if holds]
 
 
-def about(splits, names, where, task):
-    """What is recorded of a task; examples and labels are those that are used. task: as for read_task."""
+def about(task, splits, names, read):
+    """What is recorded of a task, a tuple as for `prepare`; examples and labels are those that are used.
+
+    splits: split -> list of Rows; read: names of the splits that were read, not taken from train. Raises
+    InputError if there is nothing to learn.
+    """
+    spec, text_columns, label_column = task
     count = Counter(row.name for row in splits["train"])
+    if len(count) < 2:
+        raise InputError(f"{spec} has fewer than two classes to train on, in texts that are not held out")
     first = splits["train"][0]
     return {
-        "text_columns": task[1],
-        "label_column": task[2],
-        "splits": {split: where.get(split, "a tenth of train, by a hash of the text") for split in splits},
+        "text_columns": text_columns,
+        "label_column": label_column,
+        "splits": {split: spec if split in read else "a tenth of train, by hash" for split in splits},
         "examples": {split: len(rows) for split, rows in splits.items()},
         "labels": {name: count[name] for name in names},
         "first": [*first.texts, first.name],
@@ -480,8 +482,9 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     """Load both tasks and return a Data: the limited training subset, and one vocabulary. Raises InputError.
 
     target, aux: (spec, list of text columns, label column); aux None = no auxiliary task. n_target: target
-    examples to train on, 0 = all. parent: a network to start from, whose tokenizer is used and whose words
-    stay known; of a BERT those stay that occur in training, and every single character.
+    examples to train on, 0 = all. vocab_size: None = 10,000, of a BERT all pieces. parent: a network to start
+    from, whose tokenizer is used and whose words stay known; of a BERT those stay that occur in training, and
+    every single character.
     Auxiliary examples whose text also occurs in the target's validation or test split are dropped.
     """
     split, bert, always = words, False, []
@@ -492,41 +495,37 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     known = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *always]))}
 
     # the target, and the examples to train on
-    pairs, where, notes = read_task(*target)
+    pairs, notes = read_task(*target)
     splits = complete({name: tokenized(pairs[name], split, max_length, bert, known) for name in pairs})
     notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
-    train, n_held = splits["train"], len(splits["validation"]) + len(splits["test"])
+    train = splits["train"]
     if n_target == 1 or n_target > len(train):
-        raise InputError(f"n_target {n_target}: of {len(train)} training examples take at least 2, or 0 for all "
-                         f"({n_held} others are for validation and test)")
+        raise InputError(f"n_target {n_target}: of {len(train)} training examples take 2 or more, 0 = all")
     class_id = {name: i for i, name in enumerate(names["target"])}
     chosen = limited_subset(np.array([class_id[row.name] for row in train]), n_target or None, seed)
     splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
-    record = {"target": about(splits, names["target"], where, target)}
+    record = {"target": about(target, splits, names["target"], pairs)}
 
     # the auxiliary task, without what is held out of the target
     auxiliary = []
     if aux:
-        pairs, where, more = read_task(*aux, "aux_")
+        pairs, more = read_task(*aux, "aux_")
         rows = tokenized(pairs["train"], split, max_length, bert, known)
         held = {row.key for name in ("validation", "test") for row in splits[name]}
         auxiliary = [row for row in rows if row.key not in held]
         n_dropped = len(rows) - len(auxiliary)
         notes += [*more, f"dropped {n_dropped} auxiliary examples found in the target's held-out data"]
         names["auxiliary"] = sorted({row.name for row in rows})
-        if auxiliary:
-            record["auxiliary"] = about({"train": auxiliary}, names["auxiliary"], where, aux)
-    for task, rows in (("target", train), ("auxiliary", auxiliary)):
-        if task in names and len({row.name for row in rows}) < 2:
-            raise InputError(f"the {task} task has fewer than two classes to train on (in texts not held out)")
+        record["auxiliary"] = about(aux, {"train": auxiliary}, names["auxiliary"], pairs)
 
     # one vocabulary, and ids instead of words
+    vocab_size = vocab_size or (10**9 if bert else 10_000)
     vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
     found = {name: encoded(rows, names["target"], vocab, max_length, bert) for name, rows in splits.items()}
     found["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert) if aux else None
-    for name in ("train", "test"):
-        record.setdefault("unknown", {})[name] = (np.concatenate(found[name].ids) == UNK).mean().item()
+    ids = {name: np.concatenate(found[name].ids) for name in ("train", "test")}
+    record["unknown"] = {name: (ids[name] == UNK).mean().item() for name in ids}
     notes += data_notes(splits, names["target"], record["unknown"]["test"])
     return Data(**found, vocab=vocab, labels=names, notes=notes, record=record)
 
