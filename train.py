@@ -270,8 +270,7 @@ def train(args):
                 "optimizer": optimizer.state_dict(),
                 "gate_optimizer": gate_optimizer.state_dict(),
             }
-            torch.save(checkpoint, out / "checkpoint.tmp")
-            os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # complete, or as before
+            save(checkpoint, out / "checkpoint.pt")
             (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
 
     # ---- final report
@@ -431,17 +430,17 @@ def saved_run(args, fingerprint):
     Raises InputError if it is of a run with other flags or one that read something else.
     """
     checkpoint, result = Path(args.out_dir, "checkpoint.pt"), Path(args.out_dir, "result.json")
-    if checkpoint.exists():
-        try:
+    try:
+        if checkpoint.exists():
             saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        except Exception:  # whatever a truncated or foreign file provokes
-            raise InputError(f"{checkpoint} cannot be read: remove it to start anew") from None
-    elif result.exists():
-        saved = json.loads(result.read_text())
-    else:
-        say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
-        return None
-    flags = saved.get("args", {})
+        elif result.exists():
+            saved = json.loads(result.read_text())
+        else:
+            say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
+            return None
+        flags = saved["args"]
+    except Exception:  # whatever a truncated or foreign file provokes
+        raise InputError(f"what {args.out_dir} holds cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
             raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}, not {value}")
@@ -457,6 +456,15 @@ def prepare_folder(out):
         if (out / name).exists():
             say(f"note: {out / name} of an earlier run is removed")
             (out / name).unlink()
+
+
+def save(checkpoint, path):
+    """Write a checkpoint, which is complete or as before, whatever happens. Raises OSError."""
+    try:
+        torch.save(checkpoint, f"{path}.tmp")
+    except RuntimeError as error:  # torch's way to say that the disk is full or the folder gone
+        raise OSError(f"cannot write {path}: {error}") from None
+    os.replace(f"{path}.tmp", path)
 
 
 # ----------------------------------------------------------------------------- one step
@@ -638,9 +646,10 @@ def interval(values):
 # ----------------------------------------------------------------------------- the command line
 
 
-def last_checkpoint(out_dir):
+def last_checkpoint(args):
     """A line for a run that was interrupted: where --resume would go on."""
-    found = sorted(Path(out_dir).rglob("checkpoint.pt"), key=os.path.getmtime)
+    place = "checkpoint.pt" if args.seeds == 1 else "*/checkpoint.pt"
+    found = sorted(Path(args.out_dir).glob(place), key=os.path.getmtime)
     if not found:
         return "interrupted before the first checkpoint"
     step = torch.load(found[-1], map_location="cpu", weights_only=True)["step"]
@@ -659,7 +668,7 @@ def main():
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{last_checkpoint(args.out_dir)}", file=sys.stderr)
+        print(f"\n{last_checkpoint(args)}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,561 +1,366 @@
-"""Claims about what a run does, seen from outside: its files, its command line, and the calls it makes."""
+"""Claims about whole runs, seen from outside: command line, folders, interruptions, seeds (train.py)."""
 
-import contextlib
-import inspect
-import itertools
+import importlib.util
+import io
 import json
+import logging
+import os
 import re
+import signal
 import statistics
+import subprocess
 import sys
-from functools import lru_cache
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import masks
 import model
 import train as loop
-import transfer
-from test_transfer import write
+from test_model import write_bert
+# small_data holds for these tests, too
+from test_train import PIECES, ROOT, SCHEDULE, SMALL, equal, every_review, history, run, small_data, weights, write
+from transfer import InputError
 
-# ---- names that may move, each in one line
-
-interval = loop.interval
-Examples = transfer.Examples
-TARGET_SPARSITY = "target_sparsity"  # key of a row of history.jsonl
-
-
-def replace(patch, name, new, *modules):
-    """Put `new` wherever `name` is looked up: in the module that defines it, and where it was imported."""
-    for module in (*modules, loop):
-        if hasattr(module, name):
-            patch.setattr(module, name, new)
+DATA = ROOT.parent / "shared" / "data"
+TINY = "--steps 2 --finetune_steps 1 --sparsity 0 --n_layer 1 --n_head 1 --d_model 4 --device cpu".split()
 
 
-# ---- a run that is watched
-
-STEPS, PRUNE, RAMP, TUNE = 130, 10, 20, 110  # of the watched run; it fine-tunes from TUNE on
-SMALL = (
-    "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 --n_head 2 "
-    "--d_model 8 --batch_size 4 --sparsity 0.5 --device cpu"
-).split()
-ONE = "--steps 1 --finetune_steps 1 --sparsity 0".split()
-
-
-@lru_cache
-def few_reviews(domain, real=transfer.reviews):
-    """The built-in task with fewer sentences: loading it is most of the time of a small run."""
-    sizes = {"train": 400, "validation": 100, "test": 50}
-    return {split: pairs[: sizes[split]] for split, pairs in real(domain).items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_data():
+def main(*flags, module=loop, stdin=b"", encoding="utf-8"):
+    """The command line inside this process: (exit code, stdout, stderr)."""
+    out, error = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "reviews", few_reviews)
-        yield
-
-
-def run(folder, *flags):
-    return loop.train(loop.parse_args([*SMALL, "--out_dir", str(folder), *map(str, flags)]))
-
-
-def history(folder):
-    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "pruned.pt", weights_only=True)["state"]
-
-
-def digest(tensor):
-    return tensor.detach().contiguous().numpy().tobytes()
-
-
-def watch(folder, *flags, scale=1, evaluate_every=1):
-    """A run, and what was seen: each update of the weights and of the gates, each forward pass, the noise of
-    each gate sample, and what the structure was chosen from. scale: factor on every gradient of the gates.
-    """
-    seen = SimpleNamespace(weights=[], gates=[], forward=[], noise=[], chosen=[], folder=folder)
-    seen.current = seen.cut = None  # the gates in use; the network that the last evaluation's gates cut out
-    made, busy = [], []
-    init, forward = masks.Gates.__init__, model.GatedTransformer.forward
-    sample, select = masks.sample_z, masks.select
-    signature = inspect.signature(forward)
-
-    def watched_init(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.log_alpha.register_hook(lambda gradient: gradient * scale)
-        made.append(self)
-
-    def before_update(optimizer, args, kwargs):
-        groups = {"weights": [], "gates": []}
-        for group in optimizer.param_groups:
-            of_gates = [g for g in made if any(p is g.log_alpha for p in group["params"])]
-            multipliers = [p for g in made for p in g.parameters() if p is not g.log_alpha]
-            if of_gates:
-                seen.current = of_gates[0]
-            elif any(p is q for p in group["params"] for q in multipliers):
-                continue
-            gradients = [None if p.grad is None else p.grad.clone() for p in group["params"]]
-            values = [p.detach().clone() for p in group["params"]]
-            groups["gates" if of_gates else "weights"].append(
-                SimpleNamespace(lr=group["lr"], betas=group["betas"], gradients=gradients, values=values)
-            )
-        if groups["weights"]:
-            seen.weights.append(groups["weights"])
-        if groups["gates"] and groups["gates"][0].gradients[0] is not None:
-            seen.gates += groups["gates"]
-
-    def watched_forward(self, *args, **kwargs):
-        logits = forward(self, *args, **kwargs)
-        if not busy:
-            call = signature.bind(self, *args, **kwargs)
-            call.apply_defaults()
-            ids, task, z, drop = (call.arguments[name] for name in ("ids", "task", "z", "drop"))
-            drop = drop and torch.cat([drop.embedding, *drop.attention, *drop.ffn])
-            one = SimpleNamespace(task=task, z=z, drop=drop, training=torch.is_grad_enabled(), apart=None)
-            one.texts = [tuple(self.vocab[i] for i in text if i) for text in ids.tolist()]
-            if z is not None and not one.training:
-                one.deterministic = seen.current.deterministic()
-                seen.cut = model.extract(self, z)
-                busy.append(True)
-                one.apart = (seen.cut(ids, task) - logits).abs().max().item()
-                busy.clear()
-            seen.forward.append(one)
-        return logits
-
-    def watched_sample(log_alpha, generator=None):
-        state = generator.get_state()
-        seen.noise.append(digest(sample(torch.zeros_like(log_alpha), generator)))
-        generator.set_state(state)
-        return sample(log_alpha, generator)
-
-    def watched_select(prob, *args, **kwargs):
-        seen.chosen.append((prob, seen.current and seen.current.prob_open()))
-        return select(prob, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        stack.callback(register_optimizer_step_pre_hook(before_update).remove)
-        patch.setattr(loop, "EVAL_EVERY", evaluate_every)
-        patch.setattr(loop, "latency_ms", lambda models, *args: [1.0] * len(models))
-        patch.setattr(masks.Gates, "__init__", watched_init)
-        patch.setattr(model.GatedTransformer, "forward", watched_forward)
-        patch.setattr(masks, "sample_z", watched_sample)
-        replace(patch, "select", watched_select, masks)
-        seen.result = run(folder, *flags)
-    return seen
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """All three phases, with windows whose six ends all differ, and a learning rate of gates that is high."""
-    flags = f"--steps {STEPS} --prune_start {PRUNE} --prune_ramp {RAMP} --finetune_steps {STEPS - TUNE} "
-    flags += "--gate_lr 3 --target_start 5 --transfer_start 50 --transfer_stop 120"
-    return watch(tmp_path_factory.mktemp("watched"), *flags.split())
-
-
-@pytest.fixture(scope="module")
-def ten_seeds(tmp_path_factory):
-    """Three steps of ten seeds, with a random structure and every training example in every batch."""
-    flags = "--steps 3 --finetune_steps 1 --structure random --n_layer 8 --n_head 8 --batch_size 20 "
-    flags += "--n_target 20 --transfer_start 0"
-    folder = tmp_path_factory.mktemp("seeds")
-    return [
-        watch(folder / str(seed), *flags.split(), "--seed", seed, evaluate_every=100) for seed in range(10)
-    ]
-
-
-# ---- transfer
-
-
-def test_the_auxiliary_weight_scales_what_the_auxiliary_task_does(tmp_path):
-    """Weights 0.1 and 0.9 lead to different shared parameters."""
-    for weight in (0.1, 0.9):
-        run(tmp_path / str(weight), *ONE, "--steps", 3, "--transfer_start", 0, "--aux_weight", weight)
-    little, much = weights(tmp_path / "0.1"), weights(tmp_path / "0.9")
-    assert not any(torch.equal(little[n], much[n]) for n in little if n.endswith(("qkv.weight", "up.weight")))
-
-
-def test_during_pruning_the_auxiliary_task_reaches_the_gates_unless_only_weights_are_transferred(tmp_path):
-    """The gates' first gradient, before which all four runs are the same run: it is that of a run without
-    transfer for `weights`, and another one for `gates` and `both`."""
-    first = {}
-    for what in ("none", "weights", "gates", "both"):
-        flags = ["--aux_weight", 0] if what == "none" else ["--transfer_start", PRUNE, "--transfer", what]
-        first[what] = watch(tmp_path / what, *flags, evaluate_every=100).gates[0].gradients[0]
-    assert torch.equal(first["none"], first["weights"])
-    assert (first["none"] - first["gates"]).abs().max() > 1e-3
-    torch.testing.assert_close(first["gates"], first["both"])
-
-
-def test_label_smoothing_mixes_the_loss_with_that_of_uniform_labels(tmp_path):
-    """The first loss of both tasks is a linear function of --label_smoothing, and not a constant one."""
-    rows = []
-    for smoothing in (0, 0.2, 0.4):
-        run(tmp_path, *ONE, "--lr", 1, "--transfer_start", 0, "--label_smoothing", smoothing)
-        rows.append(history(tmp_path)[-1])
-    for name in ("smoothed_loss_target", "smoothed_loss_aux"):
-        none, some, more = (row[name] for row in rows)
-        assert some == pytest.approx((none + more) / 2, abs=1e-6) and abs(none - more) > 1e-4
-
-
-def test_dropout_changes_the_loss_of_both_tasks(tmp_path):
-    rows = []
-    for dropout in (0, 0.3):
-        run(tmp_path, *ONE, "--transfer_start", 0, "--dropout", dropout)
-        rows.append(history(tmp_path)[-1])
-    assert all(
-        abs(rows[0][name] - rows[1][name]) > 1e-4 for name in ("smoothed_loss_target", "smoothed_loss_aux")
-    )
-
-
-# ---- noise, subsets, batches
-
-
-def test_dropout_noise_differs_between_tasks_steps_and_seeds(ten_seeds):
-    """No two of the 60 draws of ten seeds, two tasks and three steps are equal."""
-    training = [call for seen in ten_seeds for call in seen.forward if call.training]
-    assert [call.task for call in training] == ["target", "auxiliary"] * 30
-    assert len({digest(call.drop) for call in training}) == 60
-
-
-def test_gate_noise_differs_between_tasks_and_steps(watched):
-    """Every loss that is computed while pruning draws new noise for its gates."""
-    pruning = [call for call in watched.forward if call.training and call.z is not None]
-    assert len(pruning) == (TUNE - PRUNE) + (TUNE - 50)  # target and, from step 50 on, auxiliary
-    assert len(watched.noise) == len(set(watched.noise)) == len(pruning)
-
-
-def test_every_seed_trains_on_its_own_subset(ten_seeds):
-    """Ten seeds, ten different sets of twenty examples."""
-    subsets = set()
-    for seen in ten_seeds:
-        first = next(call for call in seen.forward if call.task == "target" and call.training)
-        assert len(set(first.texts)) == 20
-        subsets.add(frozenset(first.texts))
-    assert len(subsets) == 10
-
-
-def test_initial_weights_and_order_follow_the_seed(tmp_path):
-    """With all examples, so that every seed has the same: in the first step of two seeds, no task has the
-    same batch and no matrix the same values."""
-    flags = [*ONE, "--n_target", 0, "--transfer_start", 0]
-    seen = [watch(tmp_path / str(seed), *flags, "--seed", seed) for seed in (0, 1)]
-    batches = [[set(call.texts) for call in one.forward if call.training] for one in seen]
-    matrices = [one.weights[0][0].values for one in seen]
-    assert len(batches[0]) == 2 and not any(a == b for a, b in zip(*batches, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(*matrices, strict=True))
-
-
-def texts_of_random_length():
-    length = np.random.default_rng(0).integers(1, 60, 256)
-    start = np.concatenate([[0], np.cumsum(length)])
-    return length, Examples(np.zeros(start[-1], dtype=int), start, np.zeros(256, dtype=int))
-
-
-def test_every_epoch_has_other_batches():
-    """As sets of examples: the second epoch's batches are neither the first's nor in its order."""
-    order = transfer.batch_order(texts_of_random_length()[1], 4, 0)
-    epochs = [[frozenset(order(step)) for step in range(64 * e, 64 * e + 64)] for e in range(3)]
-    for one, other in itertools.combinations(epochs, 2):
-        assert len(set(one) & set(other)) < 32
-
-
-def test_batches_do_not_come_in_order_of_length():
-    """Between neighbours the mean length rises about as often as it falls; 0.2 is five standard errors."""
-    length, examples = texts_of_random_length()
-    order = transfer.batch_order(examples, 4, 0)
-    means = [length[order(step)].mean() for step in range(64)]
-    rises = np.mean([a < b for a, b in itertools.pairwise(means)])
-    assert 0.3 < rises < 0.7
-
-
-# ---- gates and their controller
-
-
-def test_the_evaluation_gate_is_the_stretched_sigmoid_without_a_temperature():
-    """By hand: sigmoid(log 3) is 3/4, and 3/4 of (-0.1, 1.1) is 0.8; sigmoid(log 1/3) gives 0.2."""
-    log_alpha = torch.tensor([3.0, 1.0, 1 / 3]).log()
-    torch.testing.assert_close(masks.deterministic_z(log_alpha), torch.tensor([0.8, 0.5, 0.2]))
-
-
-def test_during_pruning_the_network_that_is_evaluated_is_the_extracted_one(watched):
-    """Evaluation multiplies by the deterministic gates: the network cut out by them has the same logits (1e-5
-    is rounding) and the validation accuracy of the row. No other phase has gates."""
-    evaluated = [call for call in watched.forward if not call.training and call.z is not None]
-    evaluated, at_the_cut = evaluated[:-2], evaluated[-2:]  # validation and test
-    assert len(evaluated) == TUNE - PRUNE and all(call.task == "target" for call in at_the_cut)
-    for call in evaluated:
-        assert all(torch.equal(a, b) for a, b in zip(call.z, call.deterministic)) and call.apart < 1e-5
-    assert any((call.z.head < 1).any() for call in evaluated)
-    texts, labels = zip(*few_reviews("restaurant")["validation"])
-    hits = [a == b for a, b in zip(watched.cut.predict(list(texts)), labels)]
-    row = next(row for row in history(watched.folder) if row["step"] == TUNE)
-    assert statistics.mean(hits) == pytest.approx(row["validation_accuracy"], abs=1e-6)
-    gone = 1 - model.prunable(watched.cut) / (2 * 12 * 8 * 8)
-    assert row["deterministic_sparsity"] == pytest.approx(gone, abs=1e-6) and gone > 0
-
-
-def test_gates_stay_within_their_limit_at_a_high_rate(watched):
-    """No gate is ever further out than LIMIT (1e-6: float32), though at this rate one is pushed there."""
-    furthest = max(update.values[0].abs().max().item() for update in watched.gates)
-    assert furthest == pytest.approx(masks.LIMIT, abs=1e-6)
-    assert watched.current.log_alpha.abs().max() <= masks.LIMIT + 1e-6
-
-
-def test_learning_rates_of_weights_follow_the_schedule_and_those_of_gates_stay(watched):
-    """At --lr 0.001: a hundredth in the first step, half of it in the middle of the warm-up, all of it before
-    fine-tuning, a twentieth in the last of the twenty steps of fine-tuning. Gates: --gate_lr throughout."""
-    assert len(watched.weights) == STEPS
-    for step, lr in ((0, 1e-5), (49, 5e-4), (105, 1e-3), (TUNE, 1e-3), (STEPS - 1, 5e-5)):
-        assert [group.lr for group in watched.weights[step]] == pytest.approx([lr, lr])
-    assert len(watched.gates) == TUNE - PRUNE and {update.lr for update in watched.gates} == {3.0}
-
-
-def test_adam_forgets_sooner_for_gates_than_for_weights(watched):
-    assert {update.betas for update in watched.gates} == {(0.5, 0.9)}
-    assert {group.betas for groups in watched.weights for group in groups} == {(0.9, 0.98)}
-
-
-def test_a_huge_gradient_of_the_gates_does_not_shrink_the_step_of_the_weights(tmp_path):
-    """With the gates' gradient a million times as large, the weights' gradients of the first step of pruning
-    are the same bits: clipping looks at the weights alone."""
-    one, many = (watch(tmp_path, "--transfer_start", 0, scale=s, evaluate_every=100) for s in (1, 1e6))
-    assert many.gates[0].gradients[0].abs().max() > 1e5 * one.gates[0].gradients[0].abs().max()
-    for ours, theirs in zip(one.weights[PRUNE], many.weights[PRUNE], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True))
-    norm = sum(g.square().sum() for group in one.weights[PRUNE] for g in group.gradients) ** 0.5
-    assert 0 < norm < 1.0001
-
-
-# ---- structure and schedules
-
-
-def test_a_random_structure_chooses_heads_uniformly(ten_seeds):
-    """In 80 layers of eight heads, the number of heads kept in a layer varies as if heads were drawn from all
-    64 without replacement (a ratio of variances; its standard error is 0.16), and no place is preferred."""
-    kept = np.array([seen.result["heads_kept"] for seen in ten_seeds])  # (10, layers, heads)
-    share = kept.mean((1, 2), keepdims=True)
-    expected = (8 * share * (1 - share) * 56 / 63).mean()
-    assert 0.5 < (kept.sum(2, keepdims=True) - 8 * share).var() / expected < 1.6
-    for places in (kept.mean((0, 1)), kept.mean((0, 2))):
-        assert (abs(places - kept.mean()) < 0.2).all()  # over three standard errors of a share of 80
-
-
-def test_a_learned_structure_is_chosen_by_the_probability_that_a_unit_is_open(watched):
-    ((given, prob),) = watched.chosen
-    assert torch.equal(given.head, prob.head) and torch.equal(given.ffn, prob.ffn)
-    assert given.head.unique().numel() > 1 and 0 < given.head.min() and given.head.max() < 1
-
-
-def test_phases_begin_and_end_where_the_flags_say(watched):
-    """A row is written after its step, so that row s + 1 tells about step s. The same for the gates: they are
-    updated in the pruning phase alone."""
-    phases = [row["phase"] for row in history(watched.folder)]
-    assert phases == ["dense"] * PRUNE + ["prune"] * (TUNE - PRUNE) + ["finetune"] * (STEPS - TUNE)
-    gated = [call.z is not None for call in watched.forward if call.training and call.task == "target"]
-    assert gated == [False] * (PRUNE - 5) + [True] * (TUNE - PRUNE) + [False] * (STEPS - TUNE)
-
-
-def test_losses_are_there_exactly_in_their_windows(watched):
-    rows = history(watched.folder)
-    assert [row["smoothed_loss_target"] > 0 for row in rows] == [False] * 5 + [True] * (STEPS - 5)
-    window = [False] * 50 + [True] * 70 + [False] * 10
-    assert [row["smoothed_loss_aux"] > 0 for row in rows] == window == [row["aux_weight"] > 0 for row in rows]
-
-
-def test_the_history_holds_the_target_sparsity_of_the_schedule(watched):
-    """0 in the first step of pruning, half of the way in the middle of the ramp, all of it at its end and
-    from then on."""
-    found = {row["step"] - 1: row.get(TARGET_SPARSITY) for row in history(watched.folder)}
-    assert not any(found[step] for step in range(PRUNE + 1))
-    for step in range(PRUNE, TUNE):
-        assert found[step] == pytest.approx(0.5 * min(1, (step - PRUNE) / RAMP))
-
-
-# ---- reports, series, several processes
-
-
-def test_three_classes_come_out_with_their_own_names(tmp_path):
-    """Labels that first appear as b, c, a; a network that has learned the three words gives each its name."""
-    rows = [{"text": f"{word} {i}", "label": word[0]} for i in range(20) for word in ("bee", "cat", "ant")]
-    for split in ("train", "validation", "test"):
-        write(tmp_path / "task", f"{split}.jsonl", rows)
-    flags = f"--target {tmp_path / 'task'} --aux none --n_target 0 --sparsity 0 --lr 0.1 --dropout 0".split()
-    result = run(tmp_path / "out", *flags)
-    assert result["test_accuracy"] == 1
-    network = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
-    assert network.predict(["bee", "cat", "ant", "cat 3"]) == ["b", "c", "a", "c"]
-
-
-def script(patch, accuracy, loss, stop=None):
-    """Replace evaluation: call i returns accuracy(i) and loss(i), call `stop` is interrupted. Returns the
-    list of states of the networks that were evaluated."""
-    states = []
-
-    def scripted(*args, **kwargs):
-        network, i = args[0] if args else kwargs["model"], len(states)
-        if i == stop:
-            raise KeyboardInterrupt
-        states.append({name: p.clone() for name, p in network.state_dict().items()})
-        return {"accuracy": accuracy(i), "macro_f1": accuracy(i), "loss": loss(i)}
-
-    patch.setattr(loop, "evaluate", scripted)
-    patch.setattr(loop, "accuracies", lambda *args: {})
-    patch.setattr(loop, "EVAL_EVERY", 5)  # twelve evaluations, the last four of them while fine-tuning
-    return states
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", error)
+        try:
+            code = module.main() or 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, out.buffer.getvalue().decode(encoding), error.getvalue()
+
+
+def is_one_line(code, error):
+    return code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 600
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """The same result, but for times and flags that do not matter, the same history and the same
+    weights."""
+    one, other = (json.loads((folder / "result.json").read_text()) for folder in (a, b))
+    for name in ("seconds", "latency_dense_ms", "latency_pruned_ms", "speedup", "args"):
+        assert one.pop(name) and other.pop(name)
+    return one == other and history(a) == history(b) and equal(weights(a), weights(b))
 
 
-def test_of_equal_validation_accuracies_the_lower_loss_wins(tmp_path, monkeypatch):
-    """Among the networks of the fine-tuning phase, though larger ones had a lower loss."""
-    losses = [0.1] * 8 + [0.9, 0.3, 0.6, 0.5, 0.7]
-    states = script(monkeypatch, lambda i: 0.5, lambda i: losses[i])
-    run(tmp_path)
-    assert same(weights(tmp_path), states[9]) and not same(states[9], states[11])
+def interrupted(folder, *flags, step=25, every=10):
+    """A run that Ctrl-C ends in this step."""
+    real, stop = loop.task_loss, lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "task_loss", lambda *a: stop() if a[3] == step else real(*a))
+        run(folder, *flags, every=every)
 
 
-def test_a_resumed_run_keeps_the_best_network_of_before_the_interruption(tmp_path, monkeypatch):
-    """The first evaluation of fine-tuning is the best; the run stops five steps later and is resumed."""
-    flags = ["--checkpoint_every", 1]
-    before = script(monkeypatch, lambda i: 0.9 if i == 8 else 0.5, lambda i: 1.0, stop=9)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, *flags)
-    after = script(monkeypatch, lambda i: 0.6, lambda i: 0.1)
-    result = run(tmp_path, *flags, "--resume")
-    assert len(after) == 4  # steps 50, 55 and 60, and the test split
-    assert same(weights(tmp_path), before[8]) and result["validation_accuracy"] == 0.9
+# ---- what a run leaves behind
 
 
-def interrupt(patch, step):
-    """Make the next run stop after this step, as on Ctrl-C. Returns the list of steps that it takes."""
+def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
+    """As a user types it, in a folder of its own; the numbers in result.json agree with the network on
+    disk."""
+    flags = "--aux_weight 0.5 --transfer_start 30 --sparsity 0.6 --n_layer 3".split()  # no structure has 0.6
+    command = [sys.executable, ROOT / "train.py", *SMALL, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert sorted(os.listdir(tmp_path / "out")) == ["history.jsonl", "pruned.pt", "result.json"]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    small = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
+    texts, names = zip(*every_review("restaurant")["test"])
+    right = [a == b for a, b in zip(small.predict(list(texts)), names)]
+    assert result["test_accuracy"] == pytest.approx(statistics.mean(right), abs=1e-6)
+    assert result["test_majority"] == max(names.count(name) for name in names) / 2000
+    assert result["params_pruned"] == sum(p.numel() for p in small.parameters()) < result["params_dense"]
+    assert result["delivered_sparsity"] == pytest.approx(1 - model.prunable(small) / (3 * 12 * 8 * 8)) != 0.6
+    kept = [result[key] for key in ("heads_kept", "ffn_kept", "target_sparsity")]
+    assert [list(map(sum, kept[0])), *kept[1:]] == [small.config.heads, small.config.ffn, 0.6]
+    assert (result["args"]["transfer_start"], result["seed"], result["torch"]) == (30, 0, torch.__version__)
+    told = ["2 classes: negative", "step    60  finetune", *(f"note: {note}" for note in result["notes"])]
+    told += [f"accuracy {result['test_accuracy']:.3f}", "layer 2   heads " + "".join(".#"[n] for n in kept[0][2])]
+    assert not [line for line in told if line not in done.stdout]
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch):
+    """What an earlier run left is removed before the first step, and said; a refused run removes nothing.
+    Where there is nothing to resume, a run starts at step 0, and says so. A loss that is not finite ends a
+    run with one line, and leaves its last checkpoint."""
+    out = main(*SMALL, "--out_dir", tmp_path, "--resume")[1]
+    assert "to resume: starting at step 0" in out and "removed" not in out
+    assert main(*SMALL, "--out_dir", tmp_path, "--n_target", 9999)[0] == 2
+    assert len(os.listdir(tmp_path)) == 3
+    real = loop.task_loss
+    monkeypatch.setattr(loop, "task_loss", lambda *a: real(*a) * (float("nan") if a[3] == 15 else 1))
+    monkeypatch.setattr(loop, "EVAL_EVERY", 10)
+    code, out, error = main(*SMALL, "--out_dir", tmp_path)
+    assert is_one_line(code, error) and "step 15" in error and "nan" in error and "--lr" in error
+    assert f"note: {tmp_path / 'result.json'} of an earlier run is removed" in out and "to resume" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.jsonl"]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 10
+
+
+def test_6000_classes_make_no_matrix_of_36_million_numbers(tmp_path):
+    rows = [{"text": f"w{i} x", "label": f"class number {i}"} for i in range(6000)]
+    for split, part in (("train", rows), ("validation", rows[:200]), ("test", rows[::30])):
+        write(tmp_path / "task" / f"{split}.jsonl", part)
+    result = run(tmp_path / "out", *TINY, "--target", tmp_path / "task", "--n_target", 0, "--max_length", 2)
+    assert result["test_confusion"] is None and len(result["label_order"]) == 6000
+    assert (tmp_path / "out" / "result.json").stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("encoding, name, other", [
+    ("ascii", r"na\xefve", r"\u6771"), ("cp1252", "naïve", r"\u6771"), ("utf-8", "naïve", "東")
+])  # fmt: skip
+def test_what_the_console_cannot_encode_is_escaped(tmp_path, encoding, name, other):
+    """Class names, texts and folders, in both programs."""
+    rows = [{"text": f"{('日 ø', '本')[i % 2]} {i}", "label": ("naïve", "東")[i % 2]} for i in range(60)]
+    write(tmp_path / "本" / "train.jsonl", rows)
+    flags = ["--n_target=0", "--lr=0.05", "--sparsity=0", "--target", tmp_path / "本", "--out_dir", tmp_path / "出"]
+    for _ in range(2):  # the second one removes what the first one has left
+        code, out, error = main(*SMALL, *flags, encoding=encoding)
+        assert (code, error) == (0, "") and f"2 classes: {name}, {other}" in out
+    texts = "日 ø\n本".encode()
+    code, out, error = main(tmp_path / "出" / "pruned.pt", module=model, stdin=texts, encoding=encoding)
+    assert (code, error) == (0, "") and [line.split("\t")[0] for line in out.splitlines()] == [name, other]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no real data on this machine")
+@pytest.mark.parametrize("target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("acl_arc", "scicite")])
+def test_real_pairs_run_to_the_end(tmp_path, target, aux):
+    """The classes of the target's file, by name; and the accuracy that the network on disk has on the file
+    itself."""
+    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--transfer_start", 5, "--n_layer", 3)
+    rows = [json.loads(line) for line in (DATA / target / "test.jsonl").read_text().splitlines()]
+    network, names = model.GatedTransformer.load(tmp_path / "pruned.pt"), [row["label"] for row in rows]
+    assert network.labels["target"] == sorted({*names}) and 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 36
+    right = sum(a == b for a, b in zip(network.predict([row["text"] for row in rows]), names))
+    assert abs(result["test_accuracy"] * len(rows) - right) < 2.5  # ties that rounding decides
+
+
+# ---- interrupted and resumed
+
+
+def killed(folder, flags, where, name, when=lambda *_: True, base=SMALL):
+    """A run, resumed if there is anything to resume, in a process that ends by SIGKILL when `name` of
+    `where` is called and `when` holds for its arguments."""
+    if (child := os.fork()) == 0:
+        real = getattr(where, name)
+        setattr(where, name, lambda *a: os.kill(os.getpid(), signal.SIGKILL) if when(*a) else real(*a))
+        try:
+            run(folder, *flags, "--resume", every=10, base=base)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kind", ["learned", "from a parent, a structure given", "from a BERT"])
+def test_a_run_killed_in_every_phase_and_resumed_ends_as_if_it_had_not_been(tmp_path, kind):
+    """Before the first checkpoint, in all phases, at the cut and right after it, while a checkpoint is
+    written, and after the last step: the cut is at step 40 of 60, checkpoints are at every tenth."""
+    flags, base = ["--transfer_start", 5, "--coupling", "project", "--lr", 0.01], SMALL
+    if "parent" in kind:
+        run(tmp_path / "parent", "--target", "reviews:film", "--sparsity", 0)
+        run(tmp_path / "learned")
+        structure = tmp_path / "learned" / "result.json"
+        flags += ["--init", tmp_path / "parent" / "pruned.pt", "--structure", structure]
+    elif "BERT" in kind:
+        flags += ["--init", write_bert(tmp_path / "bert", pieces=PIECES), "--max_length", 20]
+        base = SCHEDULE
+    whole, ours = tmp_path / "whole", tmp_path / "ours"
+    run(whole, *flags, every=10, base=base)
+    for step in (5, 17, 38):
+        killed(ours, flags, loop, "task_loss", lambda *a: a[3] == step, base)
+    killed(ours, flags, model, "extract", base=base)
+    for step in (40, 47, 50):
+        killed(ours, flags, loop, "task_loss", lambda *a: a[3] == step, base)
+    assert torch.load(ours / "checkpoint.pt", weights_only=True)["step"] == 50
+    killed(ours, flags, os, "replace", base=base)  # a new checkpoint is written, but not in place
+    killed(ours, flags, model.GatedTransformer, "save", base=base)
+    killed(ours, flags, Path, "unlink", lambda path: path.name == "checkpoint.pt", base)
+    run(ours, *flags, "--resume", every=10, base=base)
+    assert same(ours, whole)
+    assert sorted(path.name for path in ours.iterdir()) == ["history.jsonl", "pruned.pt", "result.json"]
+
+
+def test_the_best_network_of_before_an_interruption_and_its_seconds_are_kept(tmp_path, monkeypatch):
+    """The first evaluation of fine-tuning is the best; by a clock that goes on by a minute whenever it is
+    read."""
+    accuracy, real, clock = iter([0.1] * 8 + [0.9] + [0.5] * 9), loop.evaluate, iter(range(0, 10**6, 60))
+    monkeypatch.setattr(loop, "evaluate", lambda *a: real(*a) | {"accuracy": next(accuracy)})
+    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(clock)))
+    interrupted(tmp_path, step=52)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    result = run(tmp_path, "--resume", every=10)
+    assert result["validation_accuracy"] == 0.9 and equal(weights(tmp_path), saved["best"]["weights"])
+    assert saved["step"] == 50 and 0 < saved["seconds"] <= result["seconds"] - 60
+
+
+def test_resume_refuses_another_run_and_returns_a_finished_one(tmp_path):
+    """Other flags, labels swapped in a file of the same name, size and time, another structure, another
+    parent: before and after the run is finished. --seeds and --out_dir may differ. A finished run is not
+    touched."""
+    task, parent, out = tmp_path / "task.jsonl", tmp_path / "film0" / "pruned.pt", tmp_path / "out"
+    write(task, [{"text": f"word{i % 7} of {i}", "label": "ab"[i % 2]} for i in range(80)])
+    for seed in (0, 1):
+        run(tmp_path / f"film{seed}", "--target=reviews:film", "--sparsity=0", "--n_target=0", "--seed", seed)
+    structure = tmp_path / "structure.json"
+    structure.write_text('{"heads_kept": [[1, 1], [0, 0]], "ffn_kept": [1, 0], "target_sparsity": 0.5}')
+    changes = {task: task.read_bytes().translate(bytes.maketrans(b"ab", b"ba")).replace(b"lbael", b"label")}
+    changes[structure] = structure.read_bytes().replace(b"[[1, 1], [0, 0]]", b"[[0, 0], [1, 1]]")
+    changes[parent] = (tmp_path / "film1" / "pruned.pt").read_bytes()
+    flags = ["--target", task, "--n_target", 0, "--init", parent, "--structure", structure]
+
+    def refuses_all_others():
+        for name, value in (("lr", 0.5), ("seed", 1)):
+            with pytest.raises(InputError, match=f"holds a run with {name} .*, not {value}"):
+                run(out, *flags, "--resume", f"--{name}", value, every=10)
+        for path, changed in changes.items():
+            before, times = path.read_bytes(), path.stat()
+            path.write_bytes(changed)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            with pytest.raises(InputError, match="holds a run on other data, from another parent or structure"):
+                run(out, *flags, "--resume", every=10)
+            path.write_bytes(before)
+
+    interrupted(out, *flags)
+    refuses_all_others()
+    out.rename(tmp_path / "moved")
+    result = run(tmp_path / "moved", *flags, "--resume", "--seeds", 3, every=10)
+    (tmp_path / "moved").rename(out)
+    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    refuses_all_others()
+    assert run(out, *flags, "--resume", every=10) == json.loads(json.dumps(result)) and len(files) == 3
+    assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+
+
+def test_an_unusable_checkpoint_is_one_line_and_remains(tmp_path):
+    interrupted(tmp_path)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    torch.save({"weights": torch.zeros(3)}, foreign := io.BytesIO())
+    for content in (whole[: len(whole) // 2], b"", b"odd", foreign.getvalue()):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        code, _, error = main(*SMALL, "--out_dir", tmp_path, "--resume")
+        assert is_one_line(code, error) and (tmp_path / "checkpoint.pt").read_bytes() == content
+
+
+def surroundings():
+    """Signal handlers, streams, hooks and loggers of this process."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, [*logging.Logger.manager.loggerDict])]
+    state = [(one.level, one.disabled, [*one.handlers]) for one in loggers]
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return handlers, state, sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.excepthook
+
+
+def test_ctrl_c_is_one_line_and_neither_a_run_nor_an_import_changes_the_process(tmp_path, monkeypatch, capsys):
+    """Interrupted before and after the first checkpoint, by a real signal; afterwards runs go to the end,
+    also in a thread, where no signal handler could be installed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    real, before, during = loop.task_loss, surroundings(), []
+    monkeypatch.setattr(loop, "EVAL_EVERY", 10)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out_dir", str(tmp_path)])
+    for stop, told in ((5, "before the first checkpoint"), (25, "(?=.*--resume).* step 20\\b.*")):
+
+        def signalled(*a):
+            during.append(surroundings())
+            return signal.raise_signal(signal.SIGINT) if a[3] == stop else real(*a)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(loop, "task_loss", signalled)
+            loop.main()
+        assert re.fullmatch(f"\ninterrupted.*{told}\n", capsys.readouterr().err)
+    assert all(state == before for state in during) and surroundings() == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
+    thread = threading.Thread(target=loop.main)
+    thread.start()
+    thread.join()
+    run(tmp_path / "whole", every=10)
+    assert same(tmp_path, tmp_path / "whole") and not capsys.readouterr().err
+    spec = importlib.util.spec_from_file_location("train_once_more", ROOT / "train.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert surroundings() == before
+
+
+# ---- several seeds
+
+
+def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path, monkeypatch):
+    """The printed means, t-intervals (12.706 is the quantile for two values) and gains of two seeds, by
+    hand; an interrupted comparison goes on where it stopped, and finished runs are used again. Without an
+    auxiliary task each seed is run once."""
+    flags = [*SMALL, "--transfer_start", 2, "--lr", 0.01, "--seeds", 2, "--seed", 3, "--out_dir", tmp_path]
     steps, real = [], loop.task_loss
 
-    def watched_loss(*args):
-        steps.append(args[3])
-        if args[3] == step:
-            patch.setattr(loop, "CAUGHT", [2])
-        return real(*args)
+    def counted(net, gates, task, step, args):
+        steps.append((args.seed, args.aux_weight))
+        if len(steps) == 60 + 58 + 45:
+            raise KeyboardInterrupt
+        return real(net, gates, task, step, args)
 
-    patch.setattr(loop, "task_loss", watched_loss)
-    return steps
-
-
-def test_the_time_of_a_resumed_run_includes_that_before_the_interruption(tmp_path, monkeypatch):
-    """By a clock that goes on by a second whenever it is read, which is once a step."""
-    clock = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: next(clock)))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 40)
-        run(tmp_path, "--aux_weight", 0)
-    assert run(tmp_path, "--aux_weight", 0, "--resume")["seconds"] >= 60
-
-
-def test_a_series_that_was_interrupted_goes_on_in_the_middle_of_its_run(tmp_path, monkeypatch):
-    """The second of two runs stops after step 40: resumed, the series takes the 19 steps that are left."""
-    flags = [*SMALL, "--aux_weight", "0", "--seeds", "2", "--out_dir", str(tmp_path)]
-    loop.series(loop.parse_args([*flags, "--seeds", "1"]))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 40)
-        loop.series(loop.parse_args(flags))
-    steps = interrupt(monkeypatch, None)
-    loop.series(loop.parse_args([*flags, "--resume"]))
-    assert steps == list(range(41, 60))
+    monkeypatch.setattr(loop, "task_loss", counted)
+    monkeypatch.setattr(loop, "EVAL_EVERY", 20)
+    assert " step 40" in main(*flags)[2]
+    code, out, _ = main(*flags, "--resume")
+    assert code == 0 and len(steps) == 2 * (60 + 58 + 60) + 5  # five steps were made twice
+    assert list(dict.fromkeys(steps)) == [(3, 0.5), (3, 0.0), (4, 0.5), (4, 0.0)]
+    assert main(*flags, "--resume")[1].splitlines()[-6:] == out.splitlines()[-6:] and len(steps) == 361
+    for split in ("validation", "test"):
+        points = {}
+        for name in ("transfer", "no_transfer"):
+            results = [json.loads((tmp_path / f"{name}_{seed}" / "result.json").read_text()) for seed in (3, 4)]
+            points[name] = [100 * result[f"{split}_accuracy"] for result in results]
+        points["gain,"] = [a - b for a, b in zip(points["transfer"], points["no_transfer"])]
+        for name, values in points.items():
+            (line,) = [line for line in out.splitlines() if line.split()[:2] == [split, name]]
+            mean, half = statistics.mean(values), 12.706 * statistics.stdev(values) / 2**0.5
+            printed = [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
+            assert printed == pytest.approx([mean, mean - half, mean + half], abs=0.11)
+    out = main(*TINY, "--seeds", 2, "--aux_weight", 0, "--out_dir", tmp_path / "alone")[1]
+    assert "gain" not in out and out.count("95 % interval") == len(os.listdir(tmp_path / "alone")) == 2
 
 
-def one_of_two(rank, folder, flags):
-    """The body of one of two processes, as torchrun would start them."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    run(folder / "two", *flags)
-    torch.distributed.destroy_process_group()
+# ---- bad input
+
+OUTSIDE = """sparsity -0.1, sparsity nan, aux_weight -1, lr 0, lr inf, gate_lr 0, dropout 1, label_smoothing 1,
+    batch_size 0, finetune_steps 0, prune_ramp -1, vocab_size 1, seed -1, transfer_stop -1, max_length 5000"""
+OUTSIDE = [entry.split() for entry in OUTSIDE.split(",")]
+BAD = [(f"--{name} {value}", f"argument --{name}: {value} is not between") for name, value in OUTSIDE]
+BAD += [
+    ("--steps ten", "--steps: invalid int value: 'ten'"), ("--steps", "--steps: expected one argument"),
+    ("--coupling add", "--coupling: invalid choice: 'add'"), ("--aux_wei 1", "unrecognized arguments: --aux"),
+    ("--sparsity 0.98", "0.98: the gates can reach 0.96"), ("--n_layer 1 --n_head 1", "no room for a single"),
+    ("--d_model 30", "d_model 30 is not divisible by n_head 4"), ("--sparsity 0 --steps 20", "finetune_steps"),
+    ("--steps 1500", "pruning needs 1142 steps"), ("--gate_lr 0.001", "pruning needs 21300 steps"),
+    ("--n_target 7000", "n_target 7000: of 400"), ("--n_target 1", "n_target 1: of 400"),
+    ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),
+    ("--device meta", "device meta is not available"), ("--device cuda:99", "device cuda:99 is not available"),
+    ("--init none.pt", "none.pt is not a network"), ("--init .", "init: ."), ("--structure .", "structure"),
+    ("--out_dir file/out", "file/out"),
+]  # fmt: skip
 
 
-def test_two_processes_report_the_gradient_norm_of_one(tmp_path, monkeypatch):
-    """In every step of the three phases, with projection: 1e-4 is rounding, while the gradient of half a
-    batch has a norm that is some per cent off."""
-    monkeypatch.setattr(loop, "EVAL_EVERY", 1)
-    flags = "--steps 34 --prune_start 3 --finetune_steps 3 --prune_ramp 5 --transfer_start 1 --lr 1e-5 "
-    flags = [*flags.split(), "--coupling", "project"]
-    run(tmp_path / "one", *flags)
-    torch.multiprocessing.start_processes(one_of_two, (tmp_path, flags), nprocs=2, start_method="fork")
-    norms = [[row["gradient_norm"] for row in history(tmp_path / name)] for name in ("one", "two")]
-    assert len(norms[0]) == 34 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+@pytest.mark.parametrize("flags, reason", BAD)
+def test_bad_flags_end_with_the_reason_and_nothing_is_written(tmp_path, monkeypatch, flags, reason):
+    """argparse says how the program is used, too; what it does not know is one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, out, error = main(*flags.split())
+    *usage, line = error.splitlines()
+    assert code == 2 and "error: " in line and reason in line and len(line) < 300
+    assert len(usage) == (0 if line.startswith("error: ") else 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("n, quantile", [(4, 3.182), (16, 2.131), (30, 2.045)])
-def test_the_interval_of_a_gain_is_that_of_pairs(tmp_path, monkeypatch, capsys, n, quantile):
-    """Through the command line, with runs whose accuracies are made up and rise and fall with the seed: the
-    printed interval has the mean and the t-interval of the differences, to the last digit but for 5 %, by
-    which it may be too wide beyond 14 degrees of freedom."""
-    rng = np.random.default_rng(n + 1)
-    without, gain = rng.uniform(0.3, 0.6, n), rng.uniform(-0.1, 0.3, n)
-
-    def made_up(args):
-        accuracy = float(without[args.seed] + (gain[args.seed] if args.aux_weight else 0))
-        return {"validation_accuracy": accuracy, "test_accuracy": accuracy, "args": vars(args)}
-
-    monkeypatch.setattr(loop, "train", made_up)
-    monkeypatch.setattr(loop.signal, "signal", lambda *args: None)
-    flags = ["--seeds", str(n), "--baseline", "--out_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    loop.main()
-    line = next(line for line in capsys.readouterr().out.splitlines() if "test" in line and "gain" in line)
-    low, high = map(float, re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", line).groups())
-    half = 100 * quantile * statistics.stdev(gain) / n**0.5
-    assert (low + high) / 2 == pytest.approx(100 * gain.mean(), abs=0.11)
-    assert half - 0.11 < (high - low) / 2 < (1.05 if n > 15 else 1) * half + 0.11
-
-
-def test_intervals_of_many_values_are_never_too_narrow():
-    """0.975 quantiles of t from a table: 2.145, 2.131, 2.045 and 1.984 with 14, 15, 29 and 99 degrees of
-    freedom; up to a tenth too wide is allowed."""
-    for n, quantile in ((15, 2.145), (16, 2.131), (30, 2.045), (100, 1.984)):
-        values = [float(i % 7) for i in range(n)]
-        mean, deviation, half = interval(values)
-        exact = quantile * statistics.stdev(values) / n**0.5
-        assert (mean, deviation) == pytest.approx((statistics.mean(values), statistics.stdev(values)))
-        assert 0.999 * exact < half < (1.001 if n == 15 else 1.1) * exact
-
-
-def test_a_smaller_network_has_a_speedup_above_one(tmp_path):
-    """Nine tenths of eight layers are cut away, and the two times are in the right places."""
-    flags = "--steps 1 --finetune_steps 1 --structure random --sparsity 0.9 --n_layer 8".split()
-    result = run(tmp_path, *flags)
-    assert result["speedup"] > 1.5
-    assert result["speedup"] == pytest.approx(result["latency_dense_ms"] / result["latency_pruned_ms"])
-
-
-# ---- dropout and refusals
-
-
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        ("--baseline --aux none", "^--baseline compares"),
-        ("--baseline --aux_weight 0", "^--baseline compares"),
-        ("--baseline --transfer_start 60", "^--baseline compares"),  # of 60 steps
-        ("--baseline --transfer_start 5 --transfer_stop 5", "^--baseline compares"),
-        ("--label_smoothing 1", "^label_smoothing must be at least 0 and at most 0.99"),
-    ],
-)
-def test_flags_that_cannot_work_are_refused(tmp_path, flags, reason):
-    with pytest.raises(transfer.InputError, match=reason):
-        run(tmp_path / "out", *flags.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path, monkeypatch):
-    """As the first of three processes would see it; the batch has four examples."""
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 3)):
-        monkeypatch.setattr(torch.distributed, name, lambda *args, value=value: value)
-    with pytest.raises(transfer.InputError, match="^batch_size 4 is not divisible by the number"):
-        run(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_help_says_something_about_every_flag_and_a_users_target_trains_alone():
+    alone = loop.parse_args(["--target", "mine", "--aux_weight", "0.3"])
+    assert loop.parse_args([]).aux == "reviews:film" and (alone.aux, alone.aux_weight) == ("none", 0)
+    code, out, error = main("--help")
+    assert (code, error) == (0, "") and all(f"--{name} " in out for name in vars(loop.parse_args([])))

@@ -1,467 +1,435 @@
-"""Claims about whole runs: the loop, the command line, and what a run leaves behind (train.py)."""
+"""Claims about the loop: what a step does, the phases, the cut, and what a run starts from (train.py)."""
 
-import contextlib
-import io
+import functools
 import itertools
 import json
 import math
-import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import masks
+import model
 import train as loop
 import transfer
-from model import GatedTransformer, prunable
-from test_transfer import write
-from transfer import Examples, InputError
+from test_model import write_bert
+from transfer import InputError
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
-SHORT = (
-    "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1 --n_layer 2 "
-    "--d_model 16 --sparsity 0.5"
-).split()
+SCHEDULE = "--steps 60 --prune_start 10 --prune_ramp 20 --finetune_steps 20 --gate_lr 1".split()
+SCHEDULE += "--batch_size 4 --sparsity 0.5 --device cpu".split()
+SMALL = [*SCHEDULE, *"--n_layer 2 --n_head 2 --d_model 8".split()]
+SIZES = 128, 512  # parameters of a head and of a feed-forward sublayer of it
+LETTERS = "abcdefghijklmnopqrstuvwxyz,.'-"
+PIECES = [*LETTERS, *("##" + letter for letter in LETTERS), "the", "was", "##ing"]  # of a BERT
 
 
-def run(tmp_path, *flags):
-    """A short run through the importable loop."""
-    return loop.train(loop.parse_args([*SHORT, "--out_dir", str(tmp_path), *map(str, flags)]))
+every_review = functools.cache(transfer.reviews)
 
 
-def command(*flags, cwd=ROOT):
-    """The real command line, as a user types it."""
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True, text=True, cwd=cwd
-    )
+def few_reviews(domain):
+    """The built-in task with fewer sentences: loading it is most of the time of a small run."""
+    sizes = {"train": 400, "validation": 100, "test": 50}
+    return {split: pairs[: sizes[split]] for split, pairs in every_review(domain).items()}
 
 
-def run_main(*flags):
-    """The command line inside this process: (exit code, stderr)."""
-    error = io.StringIO()
-    before, sys.argv = sys.argv, ["train.py", *map(str, flags)]
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            loop.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = before
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    return code, error.getvalue()
+@pytest.fixture(scope="module", autouse=True)
+def small_data():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "reviews", few_reviews)
+        yield
+
+
+def write(path, rows):
+    """A JSON Lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arguments(folder, *flags, base=SMALL):
+    return loop.parse_args([*base, "--out_dir", str(folder), *map(str, flags)])
+
+
+def run(folder, *flags, every=100, base=SMALL):
+    """A short run through the importable loop, evaluated after so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "EVAL_EVERY", every)
+        return loop.train(arguments(folder, *flags, base=base))
+
+
+def history(folder):
+    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
 
 
 def weights(folder):
     return torch.load(Path(folder) / "pruned.pt", weights_only=True)["state"]
 
 
-def read_data(target="reviews:restaurant", aux="reviews:film", n_target=200):
-    """What a run with these tasks and otherwise the defaults reads."""
-    flags = ["--target", target, "--aux", aux, "--n_target", str(n_target)]
-    return loop.load(loop.parse_args(flags))
+def equal(a, b):
+    """Whether two dicts of tensors are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def couplings(monkeypatch, folder, *flags):
-    """Run, and return the gradients of the two tasks that were coupled at every step: (g_target, g_aux)."""
-    steps, couple = [], transfer.couple
+# ---- a run that is watched
 
-    def recorded(g_target, g_aux, coupling):
-        steps.append((g_target, g_aux))
-        return couple(g_target, g_aux, coupling)
-
-    monkeypatch.setattr(transfer, "couple", recorded)
-    run(folder, *flags)
-    monkeypatch.undo()
-    return steps
+STEPS, PRUNE, RAMP, TUNE, START, STOP = 130, 10, 20, 110, 50, 120
 
 
-# ---- transfer inside a run
+def watch(folder, *flags, every=1):
+    """A run and what was seen: every forward pass, what the optimizers had before every step, and what the
+    structure was chosen from. Times are replaced by numbers of parameters."""
+    seen = SimpleNamespace(calls=[], weights=[], gates=[], chosen=[], folder=folder)
+    forward, select = model.GatedTransformer.forward, masks.select
+
+    def watched_forward(net, ids, task, z=None, drop=None):
+        logits = forward(net, ids, task, z, drop)
+        seen.calls.append(SimpleNamespace(ids=ids, task=task, z=z, drop=drop, training=logits.requires_grad))
+        if z is not None and not logits.requires_grad:
+            small = model.extract(net, z)
+            seen.calls[-1].size = model.prunable(small)
+            seen.calls[-1].apart = (forward(small, ids, task) - logits).abs().max().item()
+        return logits
+
+    def watched_step(optimizer, *_):
+        groups = [SimpleNamespace(**group) for group in optimizer.param_groups]
+        for group in groups:
+            group.values = [p.detach().clone() for p in group.params]
+            group.moved = group.params[0].grad is not None
+        (seen.weights if len(groups) == 2 else seen.gates).append(groups)
+
+    hook = register_optimizer_step_pre_hook(watched_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "latency_ms", lambda nets, _: [sum(map(torch.numel, net.parameters())) for net in nets])
+        patch.setattr(model.GatedTransformer, "forward", watched_forward)
+        patch.setattr(masks, "select", lambda prob, *args: seen.chosen.append(prob) or select(prob, *args))
+        seen.result = run(folder, *flags, every=every)
+    hook.remove()
+    seen.training = [call for call in seen.calls if call.training]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """All three phases, windows whose ends all differ, and a learning rate of the gates that is high."""
+    flags = f"--steps {STEPS} --prune_start {PRUNE} --prune_ramp {RAMP} --finetune_steps {STEPS - TUNE} "
+    flags += f"--gate_lr 3 --transfer_start {START} --transfer_stop {STOP}"
+    return watch(tmp_path_factory.mktemp("watched"), *flags.split())
+
+
+# ---- transfer
 
 
 def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(tmp_path):
-    """Parameters, not losses: equal when transfer would start after the last step, which is said, different
-    when it starts just before."""
-    run(tmp_path / "off", "--aux_weight", 0)
-    notes = run(tmp_path / "late", "--aux_weight", 0.5, "--transfer_start", 60)["notes"]
-    assert notes[-1].startswith("no transfer")
-    notes = run(tmp_path / "last", "--aux_weight", 0.5, "--transfer_start", 59)["notes"]
-    assert not notes[-1].startswith("no transfer")
-    off, late, last = (weights(tmp_path / name) for name in ("off", "late", "last"))
-    assert off.keys() == late.keys() and all(torch.equal(off[n], late[n]) for n in off)
-    shared = [n for n in off if not n.startswith("classifier")]
-    assert any(not torch.equal(off[n], last[n]) for n in shared)
-
-
-def test_transfer_stop_closes_the_window(tmp_path):
-    """An empty window is no transfer, at every step, and the report says so."""
-    run(tmp_path / "off", "--aux_weight", 0)
-    flags = "--aux_weight", 0.5, "--transfer_start", 5, "--transfer_stop"
-    assert run(tmp_path / "empty", *flags, 5)["notes"][-1].startswith("no transfer")
-    assert not run(tmp_path / "open", *flags, 6)["notes"][-1].startswith("no transfer")
-    off, empty = weights(tmp_path / "off"), weights(tmp_path / "empty")
-    assert all(torch.equal(off[n], empty[n]) for n in off)
+    """Parameters, not losses: equal when transfer would start after the last step or stop before it starts,
+    which is said, and different when it has one step."""
+    flags = {"off": ["--aux_weight", 0], "late": ["--transfer_start", 60], "last": ["--transfer_start", 59],
+             "empty": ["--transfer_start", 5, "--transfer_stop", 5]}  # fmt: skip
+    notes = {name: str(run(tmp_path / name, *flags[name])["notes"]) for name in flags}
+    assert [name for name in flags if "no transfer" in notes[name]] == ["late", "empty"]
+    off, late, last, empty = (weights(tmp_path / name) for name in flags)
+    assert equal(off, late) and equal(off, empty)
+    shared = [name for name in off if not name.startswith("classifier")]
+    assert not equal({name: off[name] for name in shared}, {name: last[name] for name in shared})
 
 
 def test_what_is_transferred_decides_what_the_auxiliary_gradient_reaches(tmp_path, monkeypatch):
     """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its own classifier
     always learns, the target's never; and gates hear it only while they are at work."""
-    own = {"classifier.auxiliary.weight", "classifier.auxiliary.bias"}
-    flags = "--transfer_start", 5, "--transfer"
-    reached = {}
+    own, couple, reached = {"classifier.auxiliary.weight", "classifier.auxiliary.bias"}, transfer.couple, {}
     for what in ("gates", "weights", "both"):
-        steps = couplings(monkeypatch, tmp_path, *flags, what)
-        reached[what] = [set(g_aux) for _, g_aux in steps]
-        assert not any(reached[what][:5]) and all(names >= own for names in reached[what][5:])
-        assert not any("classifier.target.weight" in names for names in reached[what])
+        steps = reached[what] = []
+        monkeypatch.setattr(transfer, "couple", lambda g, aux, how: steps.append(set(aux)) or couple(g, aux, how))
+        run(tmp_path, "--transfer_start", 5, "--transfer", what, "--coupling", "project")
+        assert len(steps) == 60 and not any(steps[:5]) and all(names >= own for names in steps[5:])
+        assert not any("classifier.target.weight" in names for names in steps)
     assert reached["gates"][5] == own and reached["gates"][15] == own | {"log_alpha"}
     assert reached["weights"][15] == reached["both"][15] - {"log_alpha"}
     assert {"token.weight", "norm.bias", "blocks.1.qkv.weight"} <= reached["weights"][15]
     assert "log_alpha" not in reached["both"][5] | reached["both"][45]
 
 
-def test_a_run_that_transfers_to_the_gates_alone_projects_without_gates_too(tmp_path):
-    """In the dense and in the fine-tuning phase nothing is shared; the run ends all the same."""
-    result = run(tmp_path, "--transfer", "gates", "--coupling", "project", "--transfer_start", 0)
-    assert result["delivered_sparsity"] >= 0.5
-
-
 @pytest.mark.parametrize("coupling", ["sum", "project"])
-def test_the_gradient_of_a_step_is_the_coupling_of_the_two_tasks_plus_the_controllers(
-    tmp_path, monkeypatch, coupling
-):
-    """Each loss alone, by autograd, against what the optimizers are given at the first step of a run."""
-    flags = "--prune_start 0 --transfer_start 0 --aux_weight 0.3 --coupling".split()
-    args = loop.parse_args([*SHORT, *flags, coupling, "--out_dir", str(tmp_path)])
-    data = loop.load(args)
-    run, given = loop.start(args, data), []
-    named = {**dict(run.net.named_parameters()), "log_alpha": run.gates.log_alpha}
-    losses = [
-        loop.task_loss(run.net, run.gates, loop.Task(name, examples, args.batch_size, args.seed), 0, args)
-        for name, examples in (("target", data.train), ("auxiliary", data.aux))
-    ]
-    g_target, g_aux = (
-        dict(zip(named, torch.autograd.grad(loss, list(named.values()), materialize_grads=True)))
-        for loss in losses
-    )
-    shared = [n for n in named if not n.startswith("classifier")]  # what both tasks touch
-    dot = sum((g_aux[n] * g_target[n]).sum() * 0.3 for n in shared)
-    norm = sum((g_target[n] ** 2).sum() for n in shared)
-    against = min(dot / norm, 0) if coupling == "project" else 0
-    gap = masks.sparsity(run.gates.prob_open(), *loop.model.unit_sizes(16, 4))
-    (push,) = torch.autograd.grad(run.controller.penalty(gap), run.gates.log_alpha)
+def test_the_gradient_of_a_step_is_the_coupled_one_plus_the_controllers(tmp_path, monkeypatch, coupling):
+    """Each loss alone, by autograd, against what the optimizers are given in the first step: that of the
+    weights is clipped to norm 1, and neither clipped nor lengthened by that of the gates."""
+    found, real = {}, loop.task_loss
 
-    start = loop.start
-    monkeypatch.setattr(loop, "start", lambda *a: given.append(start(*a)) or given[0])
+    def look(net, gates, task, step, args):
+        if step:
+            raise KeyboardInterrupt
+        loss = 30 * real(net, gates, task, step, args)
+        found["all"] = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
+        parts = torch.autograd.grad(loss, [*found["all"].values()], retain_graph=True, materialize_grads=True)
+        found[task.name] = dict(zip(found["all"], parts))
+        penalty = masks.Controller(1.0).penalty(masks.sparsity(gates.prob_open(), *SIZES))
+        (found["push"],) = torch.autograd.grad(penalty, gates.log_alpha)
+        return loss
 
-    def look(parameters, limit):
-        named = {**dict(given[0].net.named_parameters()), "log_alpha": given[0].gates.log_alpha}
-        given.append({n: p.grad.clone() for n, p in named.items()})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    monkeypatch.setattr(loop, "task_loss", look)
+    flags = f"--prune_start 0 --transfer_start 0 --aux_weight 0.3 --seed 1 --coupling {coupling}"
     with pytest.raises(KeyboardInterrupt):
-        loop.train(args)
-    for name, gradient in given[1].items():
-        expected = g_target[name] * (1 - against if name in shared else 1) + 0.3 * g_aux[name]
-        torch.testing.assert_close(gradient, expected + (push if name == "log_alpha" else 0))
+        run(tmp_path, *flags.split(), every=1)
+    target, aux = found["target"], {name: 0.3 * g for name, g in found["auxiliary"].items()}
+    shared = [name for name in target if not name.startswith("classifier")]  # what both tasks touch
+    dot, square = (sum((target[n] * other[n]).sum() for n in shared) for other in (aux, target))
+    assert dot < 0
+    against = {name: dot / square if coupling == "project" and name in shared else 0 for name in target}
+    update = {name: (1 - against[name]) * target[name] + aux[name] for name in target}
+    norm = sum(g.square().sum() for name, g in update.items() if name != "log_alpha").sqrt()
+    for name, p in found["all"].items():
+        expected = update[name] + found["push"] if name == "log_alpha" else update[name] / norm
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5)
+    assert history(tmp_path)[0]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > 2
 
 
-def test_sequential_transfer_is_two_windows_that_do_not_overlap(tmp_path):
-    """Until target_start the target's classifier keeps its initial values; one step later it does not."""
-    args = loop.parse_args([*SHORT, "--sparsity", "0", "--n_target", "50", "--out_dir", str(tmp_path)])
-    initial = loop.start(args, loop.load(args)).net.classifier["target"].weight
-    flags = "--sparsity 0 --n_target 50 --finetune_steps 5 --transfer_stop 10 --target_start 10".split()
-    run(tmp_path / "before", *flags, "--transfer_start", 0, "--steps", 10)
-    run(tmp_path / "after", *flags, "--transfer_start", 0, "--steps", 11)
-    assert torch.equal(weights(tmp_path / "before")["classifier.target.weight"], initial)
-    assert not torch.equal(weights(tmp_path / "after")["classifier.target.weight"], initial)
+def test_the_loss_is_the_smoothed_cross_entropy_of_the_batch_of_the_step(tmp_path):
+    """By hand, text by text, without padding and neighbours."""
+    args = arguments(tmp_path, "--dropout", 0, "--label_smoothing", 0.2, "--seed", 3)
+    data = loop.load(args)
+    net = loop.dense_network(args, data)
+    for (name, examples), step in itertools.product((("target", data.train), ("auxiliary", data.aux)), (0, 7)):
+        task, losses = loop.Task(name, examples, args), []
+        for i in transfer.batch_order(examples, 4, loop.noise_seed(3, name, 0))(step):
+            log_p = net(torch.from_numpy(examples.ids[i]).long()[None], name)[0].log_softmax(0)
+            losses.append(-0.8 * log_p[examples.label[i]] - 0.2 * log_p.mean())
+        torch.testing.assert_close(loop.task_loss(net, None, task, step, args), torch.stack(losses).mean())
 
 
-# ---- optimizer, schedule, evaluation
+# ---- noise, subsets, batches
 
 
-def test_only_weight_matrices_are_decayed(tmp_path):
-    args = loop.parse_args([*SHORT, "--out_dir", str(tmp_path)])
-    run = loop.start(args, loop.load(args))
-    for _ in ("dense", "after the cut"):
-        decayed = {id(p) for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-        assert decayed == {id(p) for p in run.net.parameters() if p.dim() >= 2}
-        loop.cut_out(run, run.structure, args.weight_decay)
-    held = [
-        p
-        for optimizer in (run.optimizer, run.gate_optimizer)
-        for g in optimizer.param_groups
-        for p in g["params"]
-    ]
-    assert {id(p) for p in held} == {id(p) for p in (*run.net.parameters(), run.gates.log_alpha)}
-    assert run.gate_optimizer.param_groups[0]["weight_decay"] == 0
+def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
+    """Seeds of the noise of all tasks and of 200 runs are apart by the most steps of a run, and have 32
+    bits, which is what torch reads. Three steps of four seeds: no two draws of dropout are equal, whatever
+    the task, step and seed; nor two first texts of the subsets of twenty, nor two initial matrices of
+    positions."""
+    first = sorted(loop.noise_seed(seed, task, 0) for seed in range(200) for task in ("target", "auxiliary"))
+    assert min(b - a for a, b in itertools.pairwise(first)) >= 10**7 and max(first) + 10**7 <= 2**32
+    flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --batch_size 20 --n_target 20 --dropout 0.2"
+    seen = [watch(tmp_path, *flags.split(), "--seed", seed, every=100) for seed in range(4)]
+    assert [call.task for one in seen for call in one.training] == ["target", "auxiliary"] * 12
+    draws = [tuple(call.drop.embedding.flatten().tolist()) for one in seen for call in one.training]
+    assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept at this dropout
+    assert len({str(one.result["data"]["target"]["first"]) for one in seen}) == 4
+    assert len({tuple(one.weights[0][0].values[1].flatten().tolist()) for one in seen}) == 4
 
 
-def test_learning_rate_warms_up_stays_and_ends_near_zero():
-    lr = [loop.lr_at(step, 0.5, 2200, 3000) for step in range(3000)]
-    assert lr[0] == 0.5 / loop.WARMUP and lr[loop.WARMUP - 1] == lr[loop.WARMUP] == lr[2200] == 0.5
-    assert 0 < lr[-1] < 0.001 and all(a <= b for a, b in zip(lr[:100], lr[1:100]))
-    assert lr[2600] == pytest.approx(0.25)
+# ---- optimizer, schedules, phases
 
 
-@pytest.mark.parametrize("longest, at_once", [(64, 300), (256, 300), (1024, 17), (4096, 1)])
-def test_an_evaluation_reads_fewer_texts_at_once_the_longer_they_are(longest, at_once):
-    """Attention scores take the square of the length, for every text that is read at once."""
-    shapes = []
-
-    class Watched(torch.nn.Module):
-        def forward(self, ids, task, z):
-            shapes.append(ids.shape)
-            return torch.zeros(len(ids), 2)
-
-    start = np.arange(301) * longest
-    examples = Examples(np.zeros(start[-1], dtype=int), start, np.zeros(300, dtype=int))
-    assert loop.evaluate(Watched(), examples, None, "cpu")["accuracy"] == 1
-    assert max(B for B, _ in shapes) == at_once and sum(B for B, _ in shapes) == 300
+def test_only_weight_matrices_are_decayed(watched, tmp_path):
+    """Of the small network and of a BERT, before and after the cut; never the gates. No parameter is left
+    out."""
+    for net in model.load_bert(write_bert(tmp_path)), model.GatedTransformer.load(watched.folder / "pruned.pt"):
+        groups = loop.weight_optimizer(net, 0.3).param_groups
+        found = {group["weight_decay"]: {*map(id, group["params"])} for group in groups}
+        assert found[0.3] == {id(p) for p in net.parameters() if p.dim() >= 2}
+        assert found[0.0] == {id(p) for p in net.parameters() if p.dim() < 2}
+    assert {group.weight_decay for groups in watched.gates for group in groups} == {0}
+    assert {tuple(group.weight_decay for group in groups) for groups in watched.weights} == {(0.01, 0)}
 
 
-def test_scores_by_hand():
-    """Confusion counts written out; a class that is only predicted, or only present, counts with F1 0, and
-    one that is neither does not count."""
+def test_learning_rates_of_weights_follow_the_schedule_and_those_of_gates_stay(watched):
+    for step in range(STEPS):
+        expected = 1e-3 * min((step + 1) / 100, 1, (STEPS - step) / (STEPS - TUNE))
+        assert [group.lr for group in watched.weights[step]] == pytest.approx([expected] * 2)
+        assert [group.lr for group in watched.gates[step]] == [3.0]
+    assert {group.betas for groups in watched.gates for group in groups} == {(0.5, 0.9)}
+    assert {group.betas for groups in watched.weights for group in groups} == {(0.9, 0.98)}
 
-    class Fixed(torch.nn.Module):
-        def forward(self, ids, task, z):
-            return torch.nn.functional.one_hot(ids[:, 0], 5).float()
 
-    predicted, label = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 3])
-    examples = Examples(predicted, np.arange(7), label)
-    scores = loop.evaluate(Fixed(), examples, None, "cpu")
-    assert scores["accuracy"] == pytest.approx(3 / 6)
-    assert scores["macro_f1"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (2 + 2) + 0 + 0) / 4)
-    assert scores["precision"] == pytest.approx([2 / 3, 1 / 2, 0, 0, 0])
-    assert scores["recall"] == pytest.approx([1, 1 / 2, 0, 0, 0])
-    assert scores["f1"] == pytest.approx([0.8, 0.5, 0, 0, 0])
-    assert scores["confusion"][:4] == [[2, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0] * 5, [0, 1, 1, 0, 0]]
-    e = math.e  # the cross-entropy of one-hot scores, right and wrong
-    assert scores["loss"] == pytest.approx((3 * math.log((e + 4) / e) + 3 * math.log(e + 4)) / 6)
+def test_phases_begin_and_end_where_the_flags_say(watched):
+    """Row s + 1 tells about step s. Gates are sampled, and move, in the pruning phase alone; the small
+    network is trained in the last one."""
+    expected = ["dense"] * PRUNE + ["prune"] * (TUNE - PRUNE) + ["finetune"] * (STEPS - TUNE)
+    rows = history(watched.folder)
+    assert [(row["step"], row["phase"]) for row in rows] == [*enumerate(expected, 1)]
+    pruning = [phase == "prune" for phase in expected]
+    assert [call.z is not None for call in watched.training if call.task == "target"] == pruning
+    assert len({str(call.z) for call in watched.training if call.z is not None}) > 60  # often all are 0 or 1
+    assert [group.moved for (group,) in watched.gates] == pruning
+    sizes = [sum(p.numel() for group in groups for p in group.values) for groups in watched.weights]
+    dense, small = watched.result["params_dense"], watched.result["params_pruned"]
+    assert sizes == [dense] * TUNE + [small] * (STEPS - TUNE) and small < dense
+    for one, other in itertools.pairwise(watched.weights[TUNE:]):
+        assert not torch.equal(one[0].values[0], other[0].values[0])
+
+
+def test_the_auxiliary_task_is_there_exactly_in_its_window(watched):
+    rows, window = history(watched.folder), [START <= step < STOP for step in range(STEPS)]
+    assert [row["aux_weight"] for row in rows] == [0.5 * inside for inside in window]
+    assert [row["smoothed_loss_aux"] > 0 for row in rows] == window
+    order = [task for inside in window for task in ("target", "auxiliary")[: 1 + inside]]
+    assert [call.task for call in watched.training] == order
+
+
+# ---- gates and their controller
+
+
+def test_a_row_holds_what_the_controller_used_in_its_step(watched):
+    """The schedule; the expected sparsity of the gates before they moved; the penalty of this gap; and the
+    multiplier, which ascends from row to row. Tolerances are float32's, times SPRING or ASCENT and the rate
+    3. Gates reach their limit at this rate, and stay within it."""
+    rows = history(watched.folder)
+    assert max(group.values[0].abs().max().item() for (group,) in watched.gates) == pytest.approx(masks.LIMIT)
+    assert all(row["penalty"] == row["lambda1"] == row["target_sparsity"] == 0 for row in rows[:PRUNE])
+    lambda1 = 0.0
+    for step in range(PRUNE, TUNE):
+        row, ((log_alpha,),) = rows[step], [group.values for group in watched.gates[step]]
+        p = torch.sigmoid(log_alpha - 2 / 3 * math.log(0.1 / 1.1))
+        open_ = 128 * (p[:, :2] * p[:, 2:3]).sum() + 512 * p[:, 3].sum()
+        assert row["expected_sparsity"] == pytest.approx(1 - open_.item() / 1536, abs=1e-6)
+        assert row["target_sparsity"] == pytest.approx(0.5 * min(1, (step - PRUNE) / RAMP))
+        assert row["lambda1"] == pytest.approx(lambda1, abs=1e-4)
+        gap = row["expected_sparsity"] - row["target_sparsity"]
+        assert row["penalty"] == pytest.approx(row["lambda1"] * gap + 200 * gap**2, abs=1e-4)
+        lambda1 = row["lambda1"] + 60 * 3 * min(max(gap, -0.02), 0.02)
+    for row in rows[TUNE:]:
+        found = [row[key] for key in ("penalty", "target_sparsity", "lambda1")]
+        assert found == pytest.approx([0, 0.5, lambda1], abs=1e-4)
+        assert row["expected_sparsity"] == row["deterministic_sparsity"]
+
+
+def test_the_structure_is_chosen_by_the_probability_that_a_unit_is_open_after_the_last_move(watched):
+    (prob,), result = watched.chosen, watched.result
+    log_alpha = watched.gates[-1][0].values[0]  # gates have not moved since the cut
+    p = torch.sigmoid(log_alpha - 2 / 3 * math.log(0.1 / 1.1))
+    torch.testing.assert_close(prob, masks.Units(p[:, :2] * p[:, 2:3], p[:, 3]))
+    chosen = masks.select(prob, 0.5, *SIZES)
+    assert [part.tolist() for part in chosen] == [result["heads_kept"], result["ffn_kept"]]
+    assert result["prob_open"]["head"] == pytest.approx(prob.head.detach().numpy(), abs=1e-4)
+    assert result["latency_dense_ms"] == result["params_dense"] > result["params_pruned"]  # as if it took them long
+    assert result["speedup"] == pytest.approx(result["params_dense"] / result["latency_pruned_ms"])
+
+
+def test_during_pruning_the_network_that_is_evaluated_is_the_extracted_one(watched):
+    """Evaluation multiplies by the deterministic gates: the network cut out by them has the same logits
+    (1e-5 is rounding). No other phase has gates."""
+    evaluated = [call for call in watched.calls if not call.training and call.z is not None]
+    *evaluated, validation, test = evaluated  # the last two right before the cut
+    assert len(evaluated) == TUNE - PRUNE and (len(validation.ids), len(test.ids)) == (100, 50)
+    assert max(call.apart for call in evaluated) < 1e-5 and any((call.z.head < 1).any() for call in evaluated)
+    for step, (call, row) in enumerate(zip(evaluated, history(watched.folder)[PRUNE:]), PRUNE):
+        gate = masks.deterministic_z(watched.gates[step + 1][0].values[0])
+        torch.testing.assert_close(call.z, masks.Units(gate[:, :2] * gate[:, 2:3], gate[:, 3]))
+        assert row["deterministic_sparsity"] == pytest.approx(1 - call.size / 1536)
+
+
+def test_hard_gates_have_the_same_accuracy_before_and_after_the_cut(tmp_path, monkeypatch):
+    hard = lambda gates: masks.select(gates.prob_open(), 0.5, *SIZES)
+    monkeypatch.setattr(masks.Gates, "deterministic", hard)
+    result = run(tmp_path, "--lr", 0.01)
+    assert result["accuracy_before_cut"] == result["accuracy_after_cut"]
+
+
+def test_pruning_reaches_its_target_and_classes_come_out_with_their_own_names(tmp_path):
+    """Labels that first appear as b, c, a, and a word for each: within 0.02 of the target, and all answers
+    right. The auxiliary task has other columns."""
+    rows = [{"text": f"{word} {i}", "label": word[0]} for i in range(50) for word in ("bee", "cat", "ant")]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "task" / f"{split}.jsonl", rows)
+    write(tmp_path / "aux" / "train.jsonl", [{"said": f"a {row['text']}", "by": row["label"] * 2} for row in rows])
+    flags = "--steps 300 --prune_ramp 100 --finetune_steps 100 --gate_lr 0.2 --lr 0.01 --n_layer 4 --sparsity 0.7"
+    flags += " --transfer_start 0 --aux_text_columns said --aux_label_column by --n_target 0 --aux"
+    result = run(tmp_path / "out", *flags.split(), tmp_path / "aux", "--target", tmp_path / "task")
+    assert result["expected_sparsity"] == pytest.approx(0.7, abs=0.02)
+    assert result["test_accuracy"] == 1 and 0.7 <= result["delivered_sparsity"] < 0.7 + 8 / 48
+    network = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
+    assert network.labels["auxiliary"] == ["aa", "bb", "cc"]
+    assert network.predict(["bee", "cat", "ant", "cat 3"]) == ["b", "c", "a", "c"]
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("C, longest", [(5, 40), (99, 300), (100, 700), (6000, 10)])
+def test_scores_by_brute_force(C, longest):
+    """Texts of many lengths whose first token is the answer. A class that is only predicted, or only
+    present, has F1 0; one that is neither does not count. The matrix of confusions ends at 100 classes. Of
+    longer texts fewer are read at once: attention scores take the square of their length."""
+    rng = np.random.default_rng(C)
+    label, answer = rng.integers(C // 2, C, 200), rng.integers(0, C, 200)
+    answer[::2] = label[::2]
+    ids, shapes = [np.full(rng.integers(1, longest + 1), token) for token in answer], []
+    net = lambda ids, *_: shapes.append(ids.shape) or torch.nn.functional.one_hot(ids[:, 0], C).float()
+    scores = loop.evaluate(net, transfer.Examples(ids, label), None, "cpu")
+    pairs = list(zip(label.tolist(), answer.tolist()))
+    right = (label == answer).sum()
+    f1 = [2 * pairs.count((c, c)) / sum((a == c) + (b == c) for a, b in pairs) for c in {*sum(pairs, ())}]
+    expected = right / 200, np.mean(f1), math.log(math.e + C - 1) - right / 200  # the loss of one-hot scores
+    assert [scores[name] for name in ("accuracy", "macro_f1", "loss")] == pytest.approx(expected, rel=1e-5)
+    counted = [[pairs.count((a, b)) for b in range(C)] for a in range(C)] if C < 100 else None
+    assert scores["confusion"] == counted
+    assert max(B * max(T, 256) ** 2 for B, T in shapes) < 2 * 256**3
 
 
 def test_interval_is_the_t_interval():
-    """Against the textbook: 1 to 5 have mean 3 and deviation sqrt(2.5); the 0.975 quantile of t with 4 df is
-    2.776."""
-    mean, deviation, half = loop.interval([1, 2, 3, 4, 5])
-    assert (mean, deviation) == (3, pytest.approx(2.5**0.5))
-    assert half == pytest.approx(2.776 * (2.5 / 5) ** 0.5, rel=1e-3)
-    assert math.isnan(loop.interval([1])[2])
+    """0.975 quantiles of t from a table; beyond 14 degrees of freedom it may be a tenth too wide, never too
+    narrow. It covers the true mean of 95 % of series; 0.012 is four standard errors of this share of
+    5,000."""
+    for n, quantile in ((2, 12.706), (5, 2.776), (15, 2.145), (16, 2.131), (30, 2.045), (100, 1.984)):
+        values = [float(i % 7) for i in range(n)]
+        mean, half = loop.interval(values)
+        exact = quantile * statistics.stdev(values) / n**0.5
+        assert mean == pytest.approx(statistics.mean(values))
+        assert 0.999 * exact < half < (1.001 if n <= 15 else 1.1) * exact
+    assert loop.interval([3.0])[0] == 3 and math.isnan(loop.interval([3.0])[1])
+    series = torch.randn(5000, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    assert abs(statistics.mean(abs(mean) <= half for mean, half in map(loop.interval, series)) - 0.95) < 0.012
 
 
-def test_the_interval_covers_the_true_mean_in_95_of_100_series():
-    """5,000 series of 5 normal values; 0.012 is four standard errors of a share of 0.95."""
-    values = torch.randn(5000, 5, generator=torch.Generator().manual_seed(0)).tolist()
-    covered = sum(abs(mean) <= half for mean, _, half in map(loop.interval, values)) / 5000
-    assert abs(covered - 0.95) < 0.012
+def test_of_the_fine_tuned_networks_the_most_accurate_and_then_the_lowest_loss_is_kept(tmp_path, monkeypatch):
+    """Of twelve evaluations the last four are of the fine-tuning phase; larger networks were better
+    before."""
+    losses, states = iter([0.1] * 12 + [0.2, 0.9, 0.3, 0.6, 0.0]), []
+    accuracies = iter([0.8] * 12 + [0.4, 0.5, 0.5, 0.5, 0.9])  # four are of the cut, the last of the test split
+
+    def evaluate(net, *_):
+        states.append({name: p.clone() for name, p in net.state_dict().items()})
+        return {"accuracy": next(accuracies), "macro_f1": 0.5, "loss": next(losses), "confusion": None}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    result = run(tmp_path, every=5)
+    assert equal(weights(tmp_path), states[14]) and equal(states[14], states[16])  # and this was tested
+    assert len(states) == 17 and result["validation_accuracy"] == 0.5
 
 
-# ---- what a run leaves behind
+# ---- structures that are given
 
 
-def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
-    """Through the real command line, in a folder of its own; the numbers in result.json agree with the
-    network on disk."""
-    flags = "--aux_weight", 0.5, "--transfer_start", 30, "--sparsity", 0.6  # which no structure has exactly
-    done = command(*SHORT, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    written = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert written == ["history.jsonl", "pruned.pt", "result.json"]
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    numbers = (
-        "test_accuracy test_macro_f1 validation_accuracy target_sparsity delivered_sparsity "
-        "expected_sparsity params_dense params_pruned latency_dense_ms latency_pruned_ms speedup seconds seed"
-    )
-    assert all(isinstance(result[key], (int, float)) for key in numbers.split())
-    assert result["args"]["transfer_start"] == 30 and f"{result['test_accuracy']:.3f}" in done.stdout
-    small = GatedTransformer.load(tmp_path / "out" / "pruned.pt")
-    assert result["params_pruned"] == sum(p.numel() for p in small.parameters()) < result["params_dense"]
-    assert result["delivered_sparsity"] == pytest.approx(1 - prunable(small) / (2 * 12 * 16 * 16)) != 0.6
-    assert [sum(heads) for heads in result["heads_kept"]] == small.config.heads
-    assert result["ffn_kept"] == small.config.ffn
-    rows = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
-    terms = (
-        "step phase smoothed_loss_target smoothed_loss_aux penalty lambda1 expected_sparsity target_sparsity "
-        "validation_accuracy"
-    )
-    for row in rows:
-        assert set(terms.split()) <= row.keys()
-        assert all(np.isfinite(v) for v in row.values() if not isinstance(v, (str, dict)))
-    data = read_data()
-    texts = [text for text, _ in transfer.reviews("restaurant")["test"]]
-    names = [data.labels["target"][i] for i in data.test.label]
-    right = [a == b for a, b in zip(small.predict(texts), names)]
-    assert np.mean(right) == pytest.approx(
-        result["test_accuracy"], abs=1e-6
-    )  # the file on disk has this accuracy
-    assert result["test_interval"] == pytest.approx(loop.wilson(result["test_accuracy"], len(texts)))
+def test_a_random_structure_is_drawn_by_seed_and_a_bottom_one_keeps_the_lowest_layers(tmp_path):
+    """Of the budget asked for; no gate is trained, so that no rate is too low for them."""
+    shape = "--n_layer 8 --n_head 2 --gate_lr 0.001".split()
+    for seed in (0, 3):
+        result = run(tmp_path, *shape, "--structure", "random", "--seed", seed, every=10)
+        draw = torch.Generator().manual_seed(100 * seed)
+        prob = masks.Units(torch.rand(8, 2, generator=draw), torch.rand(8, generator=draw))
+        kept = masks.select(prob, 0.5, *SIZES)
+        assert [result["heads_kept"], result["ffn_kept"]] == [part.tolist() for part in kept]
+        assert all(row["penalty"] == 0 and row["phase"] != "prune" for row in history(tmp_path))
+    result = run(tmp_path, *shape, "--structure", "bottom")
+    assert result["heads_kept"] == [[1, 1]] * 4 + [[0, 0]] * 4 and result["ffn_kept"] == [1] * 4 + [0] * 4
+    assert {result[f"{kind}_sparsity"] for kind in ("expected", "deterministic", "delivered")} == {0.5}
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(tmp_path / name, "--seed", seed, "--transfer_start", 20)
-    a, b, c = (weights(tmp_path / name) for name in "abc")
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    assert any(a[n].shape != c.get(n, a[n][:0]).shape or not torch.equal(a[n], c[n]) for n in a)
-
-
-def test_the_network_kept_is_the_best_on_validation_of_the_fine_tuning_phase(tmp_path, monkeypatch):
-    """Whatever the larger network scored before; the file on disk has the validation accuracy that is
-    reported."""
-    monkeypatch.setattr(loop, "EVAL_EVERY", 2)
-    result = run(tmp_path, "--lr", 0.01, "--n_target", 500)
-    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    tuned = [row["validation_accuracy"] for row in rows if row["phase"] == "finetune"]
-    assert len(tuned) == 10 and len(set(tuned)) > 1 and result["validation_accuracy"] == max(tuned)
-    data = read_data(n_target=500)
-    small = GatedTransformer.load(tmp_path / "pruned.pt")
-    assert loop.evaluate(small, data.validation, None, "cpu")["accuracy"] == result["validation_accuracy"]
-
-
-def test_a_series_keeps_every_row_goes_on_where_it_stopped_and_pairs_by_seed(tmp_path, monkeypatch, capsys):
-    """Two seeds with and without transfer are four runs; after losing two rows, exactly these two are run
-    again."""
-    calls, real = [], loop.train
-    monkeypatch.setattr(loop, "train", lambda args: calls.append((args.seed, args.aux_weight)) or real(args))
-    flags = [*SHORT, *"--seeds 2 --seed 3 --baseline --transfer_start 0 --out_dir".split(), str(tmp_path)]
-    first = loop.series(loop.parse_args(flags))
-    assert calls == [(3, 0.5), (3, 0.0), (4, 0.5), (4, 0.0)]
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["test_accuracy"] for line in lines] == [
-        first[weight][i]["test_accuracy"] for i in (0, 1) for weight in (0.5, 0.0)
-    ]
-    assert all(json.loads(line)["torch"] == torch.__version__ for line in lines)
-    (tmp_path / "results.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    calls.clear()
-    again = loop.series(loop.parse_args([*flags, "--checkpoint_every", "7", "--resume"]))  # nothing to resume
-    assert calls == [(4, 0.5), (4, 0.0)]
-    scores = {w: [100 * row["test_accuracy"] for row in rows] for w, rows in again.items()}
-    assert scores == {w: [100 * row["test_accuracy"] for row in rows] for w, rows in first.items()}
-    for name, old, new in (("lr", "0.001", "0.01"), ("aux_weight", "0.5", "0.1")):  # a folder has one owner
-        with pytest.raises(InputError, match=f"has {name} {old}, not {new}: use another --out_dir"):
-            loop.series(loop.parse_args([*flags, f"--{name}", new]))
-    assert len(calls) == 2
-
-
-def series_rows(validation, test):
-    """What series returns for one setting: a row a seed, with the accuracies given."""
-    return [
-        {"validation_accuracy": v, "test_accuracy": t, "args": {"out_dir": f"out/seed{i}"}}
-        for i, (v, t) in enumerate(zip(validation, test))
-    ]
-
-
-@pytest.mark.parametrize(
-    "validation, chosen",
-    [
-        ((0.7, 0.9, 0.8), "aux_weight 0.5; its best network on validation is out/seed1/"),
-        ((0.6, 0.4, 0.7), "aux_weight 0 (the gain is not clearly above 0);"),
-    ],
-)
-def test_a_series_reports_paired_intervals_and_chooses_by_validation_alone(capsys, validation, chosen):
-    """The interval of three differences by hand, and a choice that test accuracies cannot move."""
-    test = (0.9, 0.8, 0.85)
-    without = series_rows((0.5, 0.6, 0.55), (0.6, 0.6, 0.6))
-    loop.report_series({0.5: series_rows(validation, test), 0.0: without})
-    printed = capsys.readouterr().out
-    half = 4.303 * 5 / 3**0.5  # t(0.975, 2) times the standard deviation of 30, 20 and 25 by the root of n
-    assert f"25.0 points, standard deviation 5.0, 95 % interval [{25 - half:.1f}, {25 + half:.1f}]" in printed
-    assert f"validation favours {chosen}" in printed
-
-
-def test_one_run_gets_no_interval_and_one_setting_no_advice(capsys):
-    loop.report_series({0.5: series_rows((0.7,), (0.6,))})
-    printed = capsys.readouterr().out
-    assert "60.0 points\n" in printed and "nan" not in printed and "favours" not in printed
-    assert "the best network on validation is out/seed0/pruned.pt" in printed
-
-
-@pytest.mark.parametrize("validation, chosen", [(0.7, "0.5"), (0.5, "0"), (0.3, "0")])
-def test_one_seed_with_and_without_transfer_is_decided_by_its_gain_on_validation(capsys, validation, chosen):
-    loop.report_series({0.5: series_rows((validation,), (0.1,)), 0.0: series_rows((0.5,), (0.2,))})
-    why = " (the gain is not clearly above 0)" if chosen == "0" else ""
-    assert f"validation favours aux_weight {chosen}{why};" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("structure", ["random", "bottom"])
-def test_a_structure_by_rule_has_the_same_budget_and_trains_no_gates(tmp_path, structure):
-    result = run(tmp_path, "--structure", structure, "--gate_lr", 0.001)  # which no gate feels
-    assert 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 24
-    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert all(row["penalty"] == 0 and row["phase"] != "prune" for row in rows)
-    if structure == "bottom":
-        assert result["heads_kept"] == [[1, 1, 1, 1], [0, 0, 0, 0]] and result["ffn_kept"] == [1, 0]
-
-
-def test_random_structures_differ_between_seeds_and_between_structure_seeds():
-    flags = "--structure random --n_layer 4 --n_head 8 --sparsity 0.8 --seed {} --structure_seed {}"
-    seeds = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0))
-    found = [loop.given_structure(loop.parse_args(flags.format(*pair).split())).head for pair in seeds]
-    assert torch.equal(found[0], found[4])
-    assert not any(torch.equal(a, b) for i, a in enumerate(found[:4]) for b in found[:i])
-
-
-def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path):
-    """The partner of random and bottom: dense training, then the structure that a run with gates found."""
-    learned = run(tmp_path / "learned")
-    path = tmp_path / "learned" / "result.json"
-    result = run(tmp_path / "again", "--structure", path)
-    assert result["heads_kept"] == learned["heads_kept"] and result["ffn_kept"] == learned["ffn_kept"]
-    rows = [json.loads(line) for line in (tmp_path / "again" / "history.jsonl").read_text().splitlines()]
-    assert all(row["phase"] != "prune" for row in rows)
-    (tmp_path / "odd.json").write_text("[1, 2]")
-    wide = {"heads_kept": [[1] * 8], "ffn_kept": [1, 0], "target_sparsity": 0.5}  # one layer, or two?
-    (tmp_path / "wide.json").write_text(json.dumps(wide))
-    for flags, reason in (
-        (["--structure", path, "--sparsity", 0.6], "has sparsity 0.5, not 0.6"),
-        (["--structure", path, "--n_layer", 3], "has n_layer 2, not 3"),
-        (["--structure", tmp_path / "none.json"], "is not learned, random, bottom, or the result.json"),
-        (["--structure", tmp_path / "odd.json"], "is not learned, random, bottom, or the result.json"),
-        (["--structure", tmp_path / "wide.json"], "is not learned, random, bottom, or the result.json"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            run(tmp_path / "refused", *flags)
+def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path, watched):
+    path = watched.folder / "result.json"
+    result = run(tmp_path / "again", "--structure", path, every=10)
+    assert all(result[key] == watched.result[key] for key in ("heads_kept", "ffn_kept", "params_pruned"))
+    assert all(row["phase"] != "prune" for row in history(tmp_path / "again"))
+    for flags in ([path, "--sparsity", 0.6], [path, "--n_layer", 3], [path, "--n_head", 4], ["none.json"]):
+        with pytest.raises(InputError, match="^structure"):
+            run(tmp_path / "refused", "--structure", *flags)
+    with pytest.raises(InputError, match="lies in out_dir, which this run overwrites"):
+        run(tmp_path / "again", "--structure", tmp_path / "again" / "result.json")
     assert not (tmp_path / "refused").exists()
-
-
-def test_units_that_were_closed_and_are_kept_are_counted_and_reported(tmp_path, monkeypatch, capsys):
-    """A choice that keeps every unit opens all those again that the controller had closed."""
-    monkeypatch.setattr(masks, "select", lambda prob, *rest: masks.Z(*(torch.ones_like(p) for p in prob)))
-    result = run(tmp_path, "--gate_lr", 2)
-    heads, ffn = result["prob_open"]["head"], result["prob_open"]["ffn"]
-    closed = sum(p < 0.5 for p in itertools.chain(*heads, ffn))
-    assert result["reopened"] == closed > 0
-    loop.report(result)
-    assert f"{closed} of the units kept had P(open) below 0.5" in capsys.readouterr().out
-
-
-def test_the_accuracy_right_after_the_cut_is_that_of_a_network_that_does_not_learn_any_more(tmp_path):
-    """With a vanishing learning rate it is the accuracy at the end; without a cut there is none."""
-    result = run(tmp_path, "--n_target", 500, "--lr", 1e-9)
-    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    end = {split: result[f"{split}_accuracy"] for split in ("validation", "test")}
-    assert result["accuracy_after_cut"] == rows[-1]["accuracy_after_cut"] == pytest.approx(end, abs=5e-3)
-    assert "accuracy_after_cut" not in run(tmp_path, "--sparsity", 0)
-
-
-def test_the_cut_changes_nothing_if_the_structure_closes_only_closed_gates(tmp_path, monkeypatch):
-    """With gates that are 0 or 1 as the structure is, accuracy before equals accuracy after."""
-
-    def hard(self):
-        return masks.select(self.prob_open(), 0.5, *loop.model.unit_sizes(16, 4))
-
-    monkeypatch.setattr(masks.Gates, "deterministic", hard)
-    result = run(tmp_path, "--n_target", 500, "--transfer_start", 0)
-    assert result["accuracy_before_cut"] == result["accuracy_after_cut"]
 
 
 # ---- a parent
@@ -469,283 +437,84 @@ def test_the_cut_changes_nothing_if_the_structure_closes_only_closed_gates(tmp_p
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
+    """A dense network trained on the auxiliary task, of another shape than the default and than other runs
+    here."""
     folder = tmp_path_factory.mktemp("parent")
-    flags = "--target reviews:film --aux none --sparsity 0 --n_target 0".split()
-    run(folder, *flags)
+    flags = "--target reviews:film --aux none --sparsity 0 --n_target 0 --n_layer 3 --d_model 12 --n_head 2"
+    assert run(folder, *flags.split())["delivered_sparsity"] == 0
     return folder / "pruned.pt"
 
 
-def test_a_run_starts_from_its_parent_with_words_by_name(tmp_path, parent):
-    """Before the first step every weight is the parent's, but for new words and the target's classifier; the
-    auxiliary classifier answers the parent's question."""
-    args = loop.parse_args([*SHORT, "--init", str(parent), "--out_dir", str(tmp_path)])
+def before_the_first_step(init):
+    """What `train` makes first: flags with the parent's shape, data, the parent, and the network that
+    starts from it."""
+    args = arguments("out", "--init", init, "--max_length", 20, base=SCHEDULE)
     old = loop.read_parent(args)
+    args = loop.with_shape(args, old)
     data = loop.load(args, old)
-    net = loop.start(args, data, old).net
-    assert set(old.vocab) <= set(data.vocab) and "waiter" in set(data.vocab) - set(old.vocab)
-    for word in ("film", "the", "hero") if "film" in old.word_id else ("the", "hero"):
-        assert torch.equal(net.token.weight[net.word_id[word]], old.token.weight[old.word_id[word]])
+    net = loop.dense_network(args, data, old)
+    loop.inherit(net, old)
+    return args, data, old, net
+
+
+def test_a_run_starts_from_its_parent_with_words_by_name_and_has_its_shape(parent):
+    """Before the first step every weight is the parent's, but for new words, positions that are not needed
+    and the target's classifier; the auxiliary classifier answers the parent's question, if the names are
+    the same."""
+    args, data, old, net = before_the_first_step(parent)
+    assert (args.n_layer, args.d_model, args.n_head) == (3, 12, 2)
+    assert set(old.vocab) < set(data.vocab) and "waiter" in set(data.vocab) - set(old.vocab)
     mine, theirs = net.state_dict(), old.state_dict()
-    for name in mine:
-        if not name.startswith(("token", "classifier")):
-            assert torch.equal(mine[name], theirs[name])
+    assert torch.equal(mine["token.weight"][[net.word_id[word] for word in old.vocab]], theirs["token.weight"])
+    assert torch.equal(mine["position.weight"], theirs["position.weight"][:20])
+    common = [name for name in mine if not name.startswith(("token", "position", "classifier"))]
+    assert len(common) > 15 and all(torch.equal(mine[name], theirs[name]) for name in common)
     assert torch.equal(mine["classifier.auxiliary.weight"], theirs["classifier.target.weight"])
     assert not torch.equal(mine["classifier.target.weight"], theirs["classifier.target.weight"])
-    args.aux_label_column = None
-    net.labels["auxiliary"] = ["other", "labels"]
-    fresh = loop.dense_network(args, data._replace(labels=net.labels))
-    before = fresh.classifier["auxiliary"].weight.clone()
-    loop.inherit(fresh, old)
-    assert torch.equal(fresh.classifier["auxiliary"].weight, before)
+    net.labels["auxiliary"] = ["other", "names"]
+    torch.nn.init.ones_(net.classifier["auxiliary"].weight)
+    loop.inherit(net, old)
+    assert (net.classifier["auxiliary"].weight == 1).all()
 
 
-def test_what_a_run_starts_from_is_not_overwritten_by_it(tmp_path, parent):
-    for flags in (["--init", parent], ["--structure", parent.parent / "result.json", "--sparsity", 0]):
-        with pytest.raises(InputError, match="lies in out_dir, which this run overwrites"):
-            run(parent.parent, *flags)
-    assert parent.exists()
-
-
-def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent):
-    run(tmp_path / "pruned")
+def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent, watched):
+    parts = torch.load(parent, weights_only=True)
+    torch.save({**parts, "vocab": ["<pad>", "<unk>", "<sep>", *parts["vocab"][3:]]}, tmp_path / "old.pt")
     (tmp_path / "odd.pt").write_text("odd")
-    for flags, reason in (
-        (["--init", tmp_path / "pruned" / "pruned.pt"], "has heads .*, not .*: a parent is dense"),
-        (["--init", parent, "--d_model", 32], "has d_model 16, not 32"),
-        (["--init", parent, "--max_length", 20], "has max_length 64, not 20"),
-        (["--init", tmp_path / "none.pt"], "is not a network that train.py saved"),
-        (["--init", tmp_path / "odd.pt"], "is not a network that train.py saved"),
-    ):
+    for init, other, reason in (
+        (watched.folder / "pruned.pt", "", "is pruned: a parent is dense"), (tmp_path / "old.pt", "", "earlier"),
+        (tmp_path / "none.pt", "", "none.pt is not a network"), (tmp_path / "odd.pt", "", "odd.pt is not a net"),
+        (parent, "--d_model=16", "d_model 16: .* has 12"), (parent, "--n_layer=4", "n_layer 4: .* has 3"),
+        (parent, "--n_head=4", "n_head 4: .* has 2"), (parent, "--max_length=65", "max_length 65: .* at most 64"),
+        (parent, f"--out_dir={parent.parent}", "lies in out_dir, which this run overwrites"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
-            run(tmp_path / "refused", *flags)
-    assert not (tmp_path / "refused").exists()
+            run(tmp_path / "refused", "--init", init, *other.split(), base=SCHEDULE)
+    assert parent.exists() and not (tmp_path / "refused").exists()
+    named = "--n_layer 3 --d_model 12 --n_head 2 --init".split()  # named and equal is no contradiction
+    assert run(tmp_path / "fits", *named, parent, base=SCHEDULE)["args"]["d_model"] == 12
 
 
-def test_shuffled_auxiliary_labels_are_the_same_labels_in_another_order_for_every_seed():
-    flags = ([], ["--aux_shuffle"], ["--aux_shuffle", "--seed", "1"])
-    plain, *shuffled = (loop.load(loop.parse_args(f)).aux.label for f in flags)
-    assert all(sorted(plain) == sorted(labels) for labels in shuffled)
-    for one, other in itertools.combinations([plain, *shuffled], 2):
-        assert 0.4 < (one == other).mean() < 0.6
-
-
-def test_without_sparsity_nothing_is_pruned(tmp_path):
-    result = run(tmp_path, "--sparsity", 0)
-    assert result["delivered_sparsity"] == 0 and result["params_pruned"] == result["params_dense"]
-
-
-@pytest.mark.parametrize("sparsity", [0.7, 0.9])
-def test_pruning_reaches_its_target_and_does_not_end_at_chance(tmp_path, sparsity):
-    """A built-in run of a few hundred steps with all labels: within 0.02 of the target, feed-forward kept
-    wherever one fits into the budget, and far from the accuracy 0.5 of guessing."""
-    flags = (
-        f"--sparsity {sparsity} --n_target 3000 --aux_weight 0 --steps 700 --prune_start 130 "
-        f"--prune_ramp 200 --gate_lr 0.1 --finetune_steps 250 --out_dir {tmp_path}"
-    ).split()
-    result = loop.train(loop.parse_args(flags))
-    assert abs(result["expected_sparsity"] - sparsity) < 0.02
-    assert sparsity <= result["delivered_sparsity"] < sparsity + 8 / 48
-    assert sum(result["ffn_kept"]) > 0 or sparsity > 1 - 8 / 48
-    assert result["test_accuracy"] > 0.8
-
-
-# ---- what a run says about its data and itself
-
-
-def test_a_users_target_trains_alone_unless_an_auxiliary_task_is_named():
-    named = lambda *flags: loop.parse_args(list(flags)).aux
-    assert named() == named("--target", "reviews:restaurant") == "reviews:film"
-    assert named("--target", "mine.csv") == named("--target", "reviews:film") == "none"
-    assert named("--target", "mine.csv", "--aux", "other.csv") == "other.csv"
-    assert loop.parse_args(["--target", "mine.csv", "--aux_weight", "0.3"]).aux_weight == 0  # as at work
-
-
-def test_the_columns_and_splits_that_were_chosen_are_printed_and_recorded(tmp_path, capsys):
-    """The auxiliary task has columns of other names, and they are named for it alone."""
-    rows = [{"question": f"what is {i} of {i % 7}", "kind": i % 3} for i in range(150)]
-    for split in ("Train", "dev", "test", "more"):
-        write(tmp_path / "t", f"{split}.jsonl", rows if split == "Train" else rows[:40])
-    write(
-        tmp_path / "a",
-        "train.jsonl",
-        [{"said": f"so {i}", "by": "xy"[i % 2], "year": str(i)} for i in range(90)],
-    )
-    tasks = ["--target", tmp_path / "t", "--aux", tmp_path / "a", "--n_target", 0]
-    columns = ["--aux_text_columns", "said", "--aux_label_column", "by"]
-    result = run(tmp_path / "out", *tasks, *columns)
-    printed, data = capsys.readouterr().out, result["data"]
-    assert "text from question, label from kind" in printed and "text from said, label from by" in printed
-    assert "validation: " + str(tmp_path / "t" / "dev.jsonl") in printed and "not used" in printed
-    assert data["target"]["examples"] == {"train": 150, "validation": 40, "test": 40}
-    assert (
-        data["target"]["labels"] == {"0": 50, "1": 50, "2": 50} and data["auxiliary"]["label_column"] == "by"
-    )
-    assert set(data["unknown"]) == {"train", "test"} and data["cut"] == 0
-    assert len(result["test_confusion"]) == len(result["label_order"]) == len(result["test_f1"]) == 3
-    low, high = result["test_interval"]
-    assert (
-        low < result["test_accuracy"] < high and f"[{low:.3f}, {high:.3f}]" not in printed
-    )  # report prints it
-    loop.report(result)
-    assert f"[{low:.3f}, {high:.3f}]" in capsys.readouterr().out and result["test_majority"] == 14 / 40
-    with pytest.raises(InputError, match="--aux_text_columns"):
-        run(tmp_path / "out", *tasks)
-
-
-def test_wilson_interval_against_the_textbook():
-    """The two roots of |share - p| = 1.96 sqrt(p (1 - p) / n), also where all answers are right."""
-    for hits, n in ((8, 10), (10, 10), (0, 7), (950, 1000)):
-        share = hits / n
-        for p in loop.wilson(share, n):
-            assert abs(share - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-9)
-
-
-def test_a_folder_belongs_to_one_run(tmp_path, capsys):
-    """What an earlier run left is removed before the first step, and said; a refused run removes nothing."""
-    run(tmp_path)
-    before = (tmp_path / "result.json").read_text()
-    with pytest.raises(InputError):
-        run(tmp_path, "--lr", -1)
-    assert (tmp_path / "result.json").read_text() == before and "overwritten" not in capsys.readouterr().out
-    with pytest.raises(InputError, match="step"):
-        run(tmp_path, "--lr", 1e8)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.jsonl"]
-    assert f"the earlier run in {tmp_path} is overwritten" in capsys.readouterr().out
-
-
-def test_without_a_terminal_every_evaluation_is_a_line_at_once(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr("builtins.print", lambda *a, flush=False, **k: lines.append((str(a[0]), flush)))
-    run(tmp_path, "--steps", 200, "--finetune_steps", 90)
-    assert [text[:10] for text, flush in lines if flush] == ["step   100", "step   200"]
-
-
-def test_a_series_on_other_data_is_refused_and_reused_rows_are_announced(tmp_path, capsys):
-    rows = [{"text": f"word{i % 9} of {i}", "label": "ab"[i % 2]} for i in range(80)]
-    for split in ("train", "validation", "test"):
-        write(tmp_path / "task", f"{split}.jsonl", rows)
-    flags = [
-        "--target",
-        tmp_path / "task",
-        "--n_target",
-        0,
-        "--seeds",
-        2,
-        "--steps",
-        2,
-        "--finetune_steps",
-        1,
-    ]
-    flags = [*SHORT, *map(str, flags), "--sparsity", "0", "--out_dir", str(tmp_path / "out")]
-    loop.series(loop.parse_args(flags))
-    assert "is used again" not in capsys.readouterr().out
-    loop.series(loop.parse_args([*flags, "--seeds", "3"]))
-    assert capsys.readouterr().out.count("is used again") == 2
-    rows[0]["text"] = "another text"
-    write(tmp_path / "task", "train.jsonl", rows)
-    with pytest.raises(InputError, match="has target data .*, not .*: use another --out_dir"):
-        loop.series(loop.parse_args(flags))
-
-
-def test_a_series_whose_parent_has_changed_is_refused(tmp_path, parent):
-    """Rows of two parents do not belong under one interval."""
-    path = tmp_path / "parent.pt"
-    path.write_bytes(parent.read_bytes())
-    flags = [*SHORT, "--init", str(path), "--transfer_start", "0", "--baseline"]
-    flags += ["--out_dir", str(tmp_path / "out")]
-    loop.series(loop.parse_args(flags))
-    net = loop.model.GatedTransformer.load(path)
-    torch.nn.init.ones_(net.norm.bias)
-    net.save(path)
-    with pytest.raises(InputError, match="has init file .*, not .*: use another --out_dir"):
-        loop.series(loop.parse_args([*flags, "--seeds", "2"]))
-
-
-# ---- real data
-
-
-@pytest.mark.skipif(not DATA.exists(), reason="no real data on this machine")
-@pytest.mark.parametrize(
-    "target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("sst5", "sst2"), ("acl_arc", "scicite")]
-)
-def test_real_pairs_run_to_the_end(tmp_path, target, aux):
-    """The classes of the target's file, by name; a structure of the size asked for, within a sublayer; and
-    the accuracy and macro-F1 that the network on disk has on the file itself, counted class by class."""
-    result = run(
-        tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--steps", 50, "--finetune_steps", 10
-    )
-    assert 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 24
-    rows = [json.loads(line) for line in (DATA / target / "test.jsonl").read_text().splitlines()]
-    network = GatedTransformer.load(tmp_path / "pruned.pt")
-    classes = sorted({row["label"] for row in rows})
-    assert network.labels["target"] == classes
-    pairs = list(zip(network.predict([row["text"] for row in rows]), (row["label"] for row in rows)))
-    f1 = []
-    for name in classes:
-        right = sum(a == b == name for a, b in pairs)
-        f1.append(2 * right / sum((a == name) + (b == name) for a, b in pairs))
-    assert result["test_accuracy"] == pytest.approx(np.mean([a == b for a, b in pairs]), abs=2 / len(rows))
-    assert result["test_macro_f1"] == pytest.approx(np.mean(f1), abs=0.02)  # a tie that rounding decides
-
-
-# ---- bad input
-
-
-BAD = [
-    (["--sparsity", "0.99"], "sparsity must be below 0.968, which the gates can reach, not 0.99"),
-    (["--sparsity", "-0.1"], "^sparsity must be at least 0 and at most .*, not -0.1"),
-    (["--sparsity", "nan"], "^sparsity must be .*, not nan"),
-    (["--d_model", "30"], "d_model 30 is not divisible by n_head 4"),
-    (["--steps", "1500"], "pruning needs 1142 steps .* not 200"),
-    (["--gate_lr", "0.001"], "gate_lr 0.001 pruning needs [0-9]+ steps"),
-    (["--aux_weight", "-1"], "^aux_weight must be at least 0 .*, not -1"),
-    (["--lr", "0"], "^lr must be at least 1e-09 .*, not 0"),
-    (["--lr", "inf"], "^lr must be .*, not inf"),
-    (["--gate_lr", "-0.1"], "^gate_lr must be .*, not -0.1"),
-    (["--dropout", "1"], "^dropout must be at least 0 and at most 0.99, not 1"),
-    (["--steps", "ten"], "argument --steps: invalid int value: 'ten'"),
-    (["--coupling", "add"], "argument --coupling: invalid choice: 'add'"),
-    (["--aux_wieght", "1"], "unrecognized arguments: --aux_wieght 1"),
-    (["--n_target", "7000"], "n_target 7000: .* 6000"),
-    (["--n_target", "1"], "n_target 1: of 6000 training examples take at least 2"),
-    (["--target", "reviews:book"], "reviews:restaurant and reviews:film, not reviews:book"),
-    (["--target", "./none"], "no such file or folder: './none'"),
-    (["--device", "tpu"], "^device tpu is not available"),
-    (["--device", "meta"], "^device meta is not available"),
-    (["--device", "cuda:99"], "^device cuda:99 is not available"),
-    (["--aux_weight", "0", "--baseline"], "this is one"),
-    (["--n_layer", "1", "--n_head", "1", "--sparsity", "0.7"], "single head"),
-    (["--sparsity", "0", "--steps", "20"], "^finetune_steps must be at least 1 and at most 20, not 800"),
-    (["--batch_size", "0"], "^batch_size must be at least 1 "),
-    (["--prune_ramp", "0"], "^prune_ramp must be at least 1 "),
-    (["--vocab_size", "1"], "^vocab_size must be at least 4 "),
-    (["--transfer_stop", "-1"], "^transfer_stop must be at least 0 "),
-    (["--target_start", "3001"], "target_start must be at least 0 and at most 3000"),
-]
-
-
-@pytest.mark.parametrize("flags, reason", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_flags_are_refused_with_the_reason_and_nothing_is_written(tmp_path, flags, reason):
-    with pytest.raises(InputError, match=reason) as refused:
-        loop.train(loop.parse_args([*flags, "--out_dir", str(tmp_path / "out")]))
-    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
-
-
-def test_bad_input_ends_the_command_with_one_line_and_exit_code_2(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "broken", "train.jsonl", [{"text": "a", "label": "x"}])
-    (tmp_path / "broken" / "train.jsonl").open("a").write("{oops\n")
-    (tmp_path / "file").write_text("")
-    for flags, reason in (
-        (["--sparsity", "2"], "sparsity must be below 0.9"),
-        (["--target", tmp_path / "broken"], "line 2"),
-        (["--wrong", "1"], "unrecognized arguments: --wrong 1"),
-        (["--steps"], "argument --steps: expected one argument"),
-        (["--out_dir", tmp_path / "file" / "out"], "file/out"),
-        (["--d_model", "100000000"], "memory"),
-    ):
-        code, error = run_main(*flags)
-        assert code == 2 and error.count("\n") == 1 and error.startswith("error: ") and reason in error
-    done = command(*flags, cwd=tmp_path)  # the last one as a user meets it
-    assert done.returncode == 2 and done.stderr == error
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "file"]
+def test_a_run_from_a_bert_starts_from_its_weights_learns_prunes_and_predicts(tmp_path):
+    """Before the first step features are those of the BERT, though pieces that do not occur are gone.
+    Afterwards the file on disk has the reported accuracy, and the same answers through the command line. A
+    high learning rate has a note."""
+    bert = write_bert(tmp_path / "bert", pieces=PIECES)
+    args, data, old, net = before_the_first_step(bert)
+    ids = [torch.tensor([one.encode("the soup was amazing", 1)]) for one in (net, old)]
+    torch.testing.assert_close(net.features(ids[0]), old.features(ids[1]))
+    assert len(net.vocab) < len(old.vocab) and model.UNK not in ids[0]
+    assert data.notes[-1].startswith("lr 0.001 is high for a BERT")
+    args.lr = 3e-4
+    assert not any("for a BERT" in note for note in loop.load(args, old).notes)
+    flags = ["--init", bert, "--max_length", 20, "--transfer_start", 5, "--n_target", 0, "--lr", 3e-4]
+    result = run(tmp_path / "out", *flags, every=10, base=SCHEDULE)
+    small = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
+    assert 0.5 <= result["delivered_sparsity"] == pytest.approx(1 - model.prunable(small) / model.prunable(old))
+    assert 0 < (small.norm.weight - old.norm.weight).abs().max() < 0.02  # at most 60 steps at this rate
+    texts, names = zip(*few_reviews("restaurant")["test"])
+    answers = small.predict(list(texts))
+    assert statistics.mean(a == b for a, b in zip(answers, names)) == pytest.approx(result["test_accuracy"])
+    command = [sys.executable, ROOT / "model.py", tmp_path / "out" / "pruned.pt"]
+    done = subprocess.run(command, input="\n".join(texts), capture_output=True, text=True)
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == answers
