@@ -35,10 +35,10 @@ A bias behind a gate has to be gated too, or a closed unit still contributes: li
 bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is
 the identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay, and
 evaluate with gates.deterministic() while you prune. After the ramp gates need about (INIT + LIMIT) / lr more
-steps to settle, with their own lr. A network of half precision takes the gates as z.to(x.dtype); log_alpha
-stays float32. Whole sublayers are cut by leaving them out of the loop over layers; single heads cannot be cut
-out of nn.MultiheadAttention, whose width is heads times head size: keep their zeros there, or use an
-attention of your own, as in model.py, where `extract` shows how units are cut out of the weights.
+steps to settle, with their own lr. A network of half precision takes z.head and z.ffn with `.to(x.dtype)`;
+log_alpha stays float32. A closed sublayer is cut by not calling it; single heads cannot be cut out of
+nn.MultiheadAttention, whose width is heads times head size: keep their zeros there, or use an attention of
+your own, as in model.py, where `extract` shows how units are cut out of the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
 (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -89,11 +89,12 @@ class Gates(nn.Module):
         super().__init__()
         self.log_alpha = nn.Parameter(torch.full((n_layer, n_head + 2), INIT))  # (L, H + 2)
 
-    def combine(self, unit):
+    @staticmethod
+    def combine(gate):
         """The one place where gates combine: a number per gate (L, H + 2) to Units. A head is open if its own
         gate and that of its sublayer are, so that gates multiply, and so do probabilities.
         """
-        head, attn, ffn = unit[:, :-2], unit[:, -2:-1], unit[:, -1]
+        head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
         return Units(head * attn, ffn)
 
     def sample(self, generator=None):

@@ -73,31 +73,33 @@ def word_pieces(vocab):
 
     @lru_cache(maxsize=2**17)
     def pieces(word):
+        if len(word) > 100:  # the tokenizer's limit
+            return [SPECIAL[UNK]]
         found, start = [], 0
         while start < len(word):
             prefix, end = "##" if start else "", len(word)
             while end > start and prefix + word[start:end] not in known:
                 end -= 1
-            if end == start or len(word) > 100:  # the tokenizer's limit
+            if end == start:
                 return [SPECIAL[UNK]]
             found.append(sys.intern(prefix + word[start:end]))
             start = end
         return found
 
-    def split(text):
+    def tokenizer(text):
         plain = "".join(map(bert_character, unicodedata.normalize("NFD", text.lower())))
         return [piece for word in plain.split() for piece in pieces(word)]
 
-    return split
+    return tokenizer
 
 
-def tokenize(texts, split, max_length, bert):
+def tokenize(texts, tokenizer, max_length, bert):
     """The tokens of an example, at most max_length, and whether some were cut off.
 
-    texts: a tuple of strings; split: `words` or what `word_pieces` returns. Small: a [SEP] b; a BERT's:
+    texts: a tuple of strings; tokenizer: `words` or what `word_pieces` returns. Small: a [SEP] b; a BERT's:
     [CLS] a [SEP] b [SEP]. The longer text is cut first.
     """
-    parts = [split(text) for text in texts]
+    parts = [tokenizer(text) for text in texts]
     room = max(1, max_length - len(parts) + (-1 if bert else 1))  # beside the marks
     cut = sum(len(part) for part in parts) > room
     parts = [part[:room] for part in parts]
@@ -204,7 +206,7 @@ class GatedTransformer(nn.Module):
         super().__init__()
         self.config, self.vocab, self.labels = config, vocab, labels
         self.word_id = {word: i for i, word in enumerate(vocab)}
-        self.split = word_pieces(vocab) if config.bert else words
+        self.tokenizer = word_pieces(vocab) if config.bert else words
         self.token = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n, f) for n, f in zip(config.heads, config.ffn))
@@ -267,7 +269,7 @@ class GatedTransformer(nn.Module):
         n_texts = self.config.n_texts
         if len(texts) != n_texts:
             raise ValueError(f"text {number} has {len(texts)} parts, and the network reads {n_texts}")
-        tokens, _ = tokenize(texts, self.split, self.config.max_length, self.config.bert)
+        tokens, _ = tokenize(texts, self.tokenizer, self.config.max_length, self.config.bert)
         return [self.word_id.get(token, UNK) for token in tokens]
 
     def predict(self, texts):
@@ -287,7 +289,7 @@ class GatedTransformer(nn.Module):
             model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
             model.load_state_dict(parts["state"])
         except Exception:  # whatever a missing, truncated or foreign file provokes
-            raise ValueError(f"{path} is not a network that train.py saved") from None
+            raise ValueError(f"{path} is missing, or not a network that train.py saved") from None
         if model.vocab[: len(SPECIAL)] != SPECIAL:
             raise ValueError(f"{path} was saved by an earlier version of this program: make it again")
         return model
@@ -328,20 +330,21 @@ def extract(model, z):
     z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied
     into the output projections. All heads of a layer closed means that the layer has no attention any more.
     """
-    D, state = model.config.d_head, model.state_dict()
+    D, state, device = model.config.d_head, model.state_dict(), model.norm.weight.device
+    z_head, z_ffn = z.head.to(device), z.ffn.to(device)
     for i in range(len(model.blocks)):
-        keep = z.head[i].nonzero().squeeze(1)
+        keep = z_head[i].nonzero().squeeze(1)
         for name in (f"blocks.{i}.qkv.weight", f"blocks.{i}.qkv.bias"):
             if name in state:
                 qkv = state[name].unflatten(0, (3, -1, D))  # (3, H, D, C), of the bias (3, H, D)
                 state[name] = qkv[:, keep].flatten(0, 2)
-        out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z.head[i].view(-1, 1)  # (C, H, D)
+        out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z_head[i].view(-1, 1)  # (C, H, D)
         state[f"blocks.{i}.out.weight"] = out[:, keep].flatten(1)
-        state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z.ffn[i]
+        state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z_ffn[i]
     heads, ffn = (z.head > 0).sum(1).tolist(), (z.ffn > 0).long().tolist()
     small = GatedTransformer(replace(model.config, heads=heads, ffn=ffn), model.vocab, model.labels)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
-    return small.to(model.norm.weight.device)
+    return small.to(model.norm.weight)  # device and precision
 
 
 # ----------------------------------------------------------------------------- loading a BERT
@@ -473,8 +476,11 @@ def main():
     except ValueError as error:  # what was read is no network, no UTF-8, or no such number of texts
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for probability, best in zip(*probabilities.max(1)):
-        say(f"{model.labels['target'][best]}\t{probability:.3f}")
+    try:
+        for probability, best in zip(*probabilities.max(1)):
+            say(f"{model.labels['target'][best]}\t{probability:.3f}")
+    except BrokenPipeError:  # the reader has seen enough, as in "| head -1"
+        sys.stdout = None
 
 
 if __name__ == "__main__":

@@ -103,12 +103,16 @@ def parse_args(argv=None):
     return args
 
 
-def check(args):
-    """Raise InputError for settings that do not fit together; what one flag may say stands beside it."""
+def check_device(args):
+    """Raise InputError if there is no such device."""
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise InputError(f"device {args.device} is not available here") from None
+
+
+def check(args):
+    """Raise InputError for settings that do not fit together; what one flag may say stands beside it."""
     for path in (args.init, args.structure):
         if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
             raise InputError(f"{path} lies in out_dir, which this run overwrites: use another --out_dir")
@@ -121,14 +125,15 @@ def check(args):
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
     # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier to settle
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
-    too_short = args.sparsity and args.structure == "learned" and needed > available
+    learned = args.sparsity and args.structure == "learned"
     wrong = [
         (args.d_model % args.n_head, f"d_model {args.d_model} is not divisible by n_head {args.n_head}"),
         (args.finetune_steps > args.steps, f"finetune_steps {args.finetune_steps} > steps {args.steps}"),
-        (args.sparsity >= reachable, f"sparsity {args.sparsity}: the gates can reach {reachable:.3f}"),
+        (learned and args.sparsity >= reachable, f"sparsity {args.sparsity}: gates reach {reachable:.3f}"),
         (room < head, f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers"),
-        (too_short, f"pruning needs {needed} steps with this prune_ramp and gate_lr, and there are "
-                    f"{available} between prune_start and fine-tuning"),
+        (learned and needed > available,
+         f"pruning needs {needed} steps with this prune_ramp and gate_lr, and there are {available} "
+         "between prune_start and fine-tuning"),
     ]  # fmt: skip
     for is_wrong, message in wrong:
         if is_wrong:
@@ -143,6 +148,7 @@ EVAL_EVERY = 100  # steps between two evaluations on the validation split, each 
 def train(args):
     """One run from data to network. Returns the dict in result.json. Raises InputError."""
     # ---- data, network, gates; whatever can be refused is refused before anything is written
+    check_device(args)
     parent = read_parent(args)
     args = with_shape(args, parent)
     check(args)
@@ -244,7 +250,8 @@ def train(args):
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if at_work else None
             scores = evaluate(net, data.validation, z, args.device)
-            # what the controller saw in this step; the scores are those of the gates after it
+            # losses ("smoothed": with label smoothing), penalty, lambda1 and prob_open are from before
+            # this step's update, as the controller saw them; z and the scores from after it
             row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms}
             row |= gate_numbers(prob, z or structure, sizes)
             row |= {f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}
@@ -270,7 +277,7 @@ def train(args):
                 "optimizer": optimizer.state_dict(),
                 "gate_optimizer": gate_optimizer.state_dict(),
             }
-            save(checkpoint, out / "checkpoint.pt")
+            save(lambda path: torch.save(checkpoint, path), out / "checkpoint.pt")
             (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
 
     # ---- final report
@@ -278,7 +285,7 @@ def train(args):
     result = summary(net, args, data, parent, gates.prob_open() if learned else structure, structure) | cut
     result |= {"validation_accuracy": best["score"][0], "fingerprint": fingerprint}
     result["seconds"] = time.time() - began
-    net.save(out / "pruned.pt")
+    save(net.save, out / "pruned.pt")
     (out / "result.json").write_text(json.dumps(result, indent=1))
     (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
     return result
@@ -296,7 +303,8 @@ def read_parent(args):
         parent = read(args.init).to(args.device)
     except ValueError as error:
         raise InputError(f"init: {error}") from None
-    if len(set(parent.config.heads)) > 1 or not all(parent.config.ffn):
+    config = parent.config
+    if set(config.heads) != {config.d_model // config.d_head} or not all(config.ffn):
         raise InputError(f"init: {args.init} is pruned: a parent is dense, of a run with --sparsity 0")
     return parent
 
@@ -324,7 +332,7 @@ def given_structure(args):
     if args.structure == "learned":
         return None
     if args.structure == "random":
-        generator = torch.Generator().manual_seed(100 * args.seed)
+        generator = torch.Generator().manual_seed(100 * args.seed)  # more are drawn from 100 s + i
         prob = masks.Units(torch.rand(L, H, generator=generator), torch.rand(L, generator=generator))
     elif args.structure == "bottom":
         height = torch.linspace(1, 0, L)
@@ -339,12 +347,16 @@ def read_structure(args):
     try:
         result = json.loads(Path(args.structure).read_text())
         heads, ffn = torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"])
-        found = (*heads.shape, *ffn.shape, result["target_sparsity"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"structure: {args.structure} is no structure, nor the result.json of one") from None
-    if found != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
+        shape = (*heads.shape, *ffn.shape, result["target_sparsity"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        raise InputError(f"structure is learned, random, bottom or a file, not {args.structure}") from None
+    if shape != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
         raise InputError(f"structure: {args.structure} has another number of layers or heads, or sparsity")
-    return masks.Units(heads.float(), ffn.float())
+    kept = masks.Units(heads.float(), ffn.float())
+    delivered = masks.sparsity(kept, *model.unit_sizes(args.d_model, args.n_head)).item()
+    if delivered < args.sparsity - 1e-6:
+        raise InputError(f"structure: {args.structure} says sparsity {args.sparsity} and has {delivered:.3f}")
+    return kept
 
 
 def load(args, parent=None):
@@ -438,7 +450,7 @@ def saved_run(args, fingerprint):
         else:
             say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
             return None
-        flags = saved["args"]
+        flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
         raise InputError(f"what {args.out_dir} holds cannot be read: run without --resume") from None
     for name, value in vars(args).items():
@@ -458,10 +470,10 @@ def prepare_folder(out):
             (out / name).unlink()
 
 
-def save(checkpoint, path):
-    """Write a checkpoint, which is complete or as before, whatever happens. Raises OSError."""
+def save(write, path):
+    """Call write(path); the file is complete or as before, whatever happens. Raises OSError."""
     try:
-        torch.save(checkpoint, f"{path}.tmp")
+        write(f"{path}.tmp")
     except RuntimeError as error:  # torch's way to say that the disk is full or the folder gone
         raise OSError(f"cannot write {path}: {error}") from None
     os.replace(f"{path}.tmp", path)
@@ -473,7 +485,9 @@ WARMUP = 100  # steps in which the learning rate rises to its full value
 
 
 class Task:
-    """A task as the loop sees it: a batch for every step, which depends on nothing but the seed."""
+    """A task as the loop sees it: its examples, and `order`, a function from a step to the indices of its
+    batch, which depends on nothing but the seed.
+    """
 
     def __init__(self, name, examples, args):
         self.name, self.examples = name, examples  # name: "target" or "auxiliary", as in net.classifier
@@ -605,7 +619,7 @@ def report(r):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
     print(f"{r['latency_dense_ms']:.2f} ms -> {r['latency_pruned_ms']:.2f} ms for up to 32 texts, "
           f"{r['speedup']:.1f} times faster; training took {r['seconds']:.0f} s")
-    say(f"wrote result.json, history.jsonl and pruned.pt to {r['args']['out_dir']}/")
+    say(f"result.json, history.jsonl and pruned.pt are in {r['args']['out_dir']}/")
 
 
 # ----------------------------------------------------------------------------- several seeds
@@ -670,6 +684,11 @@ def main():
     except KeyboardInterrupt:
         print(f"\n{last_checkpoint(args)}", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch's way to say that the CPU has too little memory
+            raise
+        print("error: out of memory", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

