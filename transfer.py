@@ -163,7 +163,7 @@ def decoded(file):
             try:
                 yield line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise InputError(f"{file}, line {number}: not UTF-8: {error}") from None
+                raise InputError(f"{file}, line {number}: save it as UTF-8: {error}") from None
 
 
 def json_rows(file):
@@ -187,7 +187,8 @@ def csv_rows(file):
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{place}: not {len(header)} cells separated by commas: put texts in quotes")
+                raise InputError(f"{place}: not {len(header)} cells, as in the header: they are separated by "
+                                 "commas (not ; or tabs), and texts with commas need quotes")
             if list(row.values()) == header:
                 raise InputError(f"{place}: the header once more")
             yield place, row
@@ -269,8 +270,8 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     else:
         found = from_files(spec) if Path(spec).exists() else from_hub(spec)
     if "train" not in found:
-        kinds = ", ".join(READERS)
-        raise InputError(f"{spec} has no train split: it needs a file train, and only {kinds} are read")
+        kinds, names = ", ".join(READERS), ", ".join(SPLITS)
+        raise InputError(f"{spec} has no train split: only {kinds} are read, of the names {names}")
     unread = [name for name in found if name not in SPLITS]
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     splits = {}
@@ -381,7 +382,8 @@ def complete(splits):
             splits[split] = [row for row in train if row.key in held]
             splits["train"] = [row for row in train if row.key not in held]
             if not splits[split] or not splits["train"]:
-                raise InputError(f"too few different texts in train to take a {split} split from them")
+                raise InputError(f"too few different texts in train to take a {split} split from them: "
+                                 "are the columns of texts and labels swapped?")
     return splits
 
 
@@ -444,7 +446,9 @@ def data_notes(splits, names, unknown):
     name, n = Counter(row.name for row in test).most_common(1)[0]
     most = n / len(test)
     few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
+    n_rows = sum(len(rows) for rows in splits.values())
     found = [
+        (len(names) > n_rows / 2, f"{len(names)} classes of {n_rows} examples: are columns swapped?"),
         (absent, f"{len(absent)} of {len(names)} classes have no training example: {', '.join(absent)[:60]}"),
         ("-1" in names, "a class is called -1, which many data sets write for a label that is not known"),
         (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
@@ -502,7 +506,10 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
     train = splits["train"]
     if n_target == 1 or n_target > len(train):
-        raise InputError(f"n_target {n_target}: of {len(train)} training examples take 2 or more, 0 = all")
+        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not held out "
+                         "take 2 or more, or 0 for all")
+    if 0 < n_target < len(train):
+        notes.append(f"{n_target} of {len(train)} training examples are used: --n_target 0 takes all")
     chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
     splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
     record = {"target": about(target, splits, names["target"], pairs)}
@@ -517,6 +524,8 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
         n_dropped = len(rows) - len(auxiliary)
         notes += [*more, f"dropped {n_dropped} auxiliary examples found in the target's held-out data"]
         names["auxiliary"] = sorted({row.name for row in rows})
+        if len(names["auxiliary"]) > len(rows) / 2:
+            notes.append(f"{len(names['auxiliary'])} classes of {len(rows)} examples: are columns swapped?")
         record["auxiliary"] = about(aux, {"train": auxiliary}, names["auxiliary"], pairs)
 
     # one vocabulary, and ids instead of words

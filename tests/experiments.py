@@ -709,26 +709,30 @@ def pictures():
     right.legend(title="pruned by 70 %")
     figure.savefig(RESULTS / "overview.png", dpi=100)
 
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True)
-    for axis, task in zip(axes, ("trec_coarse, 200 labels", "trec_coarse, 50 labels", "sst2, 200 labels")):
+    # those that have rows; with two sparsities there is nothing to see
+    tasks = ("trec_coarse, 200 labels", "trec_coarse, 50 labels", "sst2, 200 labels")
+    tasks = [task for task in tasks if column("pretrained", f"{task}, 0.9: none")]
+    figure, axes = plt.subplots(1, max(1, len(tasks)), figsize=(10, 2.8), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks):
         for shift, recipe in enumerate(COLOURS):  # shifted, to be told apart
             found = {cut: column("pretrained", f"{task}, {cut}: {recipe}") for cut in (0, 0.5, 0.7, 0.9)}
             curve(axis, [100 * cut + shift for cut in found], found.values(), recipe)
-        axis.set(title=task, xlabel="sparsity, %", xlim=(-5, 95))
-    axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(loc="lower left")
-    figure.savefig(RESULTS / "pretrained.png", dpi=100)
+        axis.set(title=task, xlabel="sparsity, %", ylabel="test accuracy, %", xlim=(-5, 95))
+        axis.legend(loc="lower left")
+        figure.savefig(RESULTS / "pretrained.png", dpi=100)
 
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), sharey=True)
-    for axis, task in zip(axes, AUXILIARY):
-        kept = [np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]]) for row in rows("pretrained")
-                if row["setting"] == f"{task}, 200 labels, 0.7: transfer"]  # a gap before the last
-        share = np.mean(kept or [np.full((6, 14), np.nan)], axis=0)
+    kept = {}
+    for row in rows("pretrained"):
+        if row["setting"].endswith(", 200 labels, 0.7: transfer"):
+            heads = np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]])  # a gap before the last
+            kept.setdefault(row["setting"].partition(",")[0], []).append(heads)
+    figure, axes = plt.subplots(1, len(kept), figsize=(1 + 3.5 * len(kept), 2.4), sharey=True, squeeze=False)
+    for axis, (task, structures) in zip(axes[0], kept.items()):
+        share = np.mean(structures, axis=0)
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
-        axis.set(title=f"{task}, n = {len(kept)}", xlabel="head")
+        axis.set(title=f"{task}, n = {len(structures)}", xlabel="head (ff: feed-forward)", ylabel="layer")
         axis.set_xticks([0, 5, 11, 13], [1, 6, 12, "ff"])
         axis.set_yticks(range(6), range(1, 7))
-    axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="share of seeds that keep it")
     figure.savefig(RESULTS / "structures.png", dpi=100)
 

@@ -502,6 +502,16 @@ def test_of_a_berts_vocabulary_stays_what_occurs_in_training_and_single_characte
     assert texts_of(read.test, read.vocab)[0] == "[CLS] a z ##e ##b ##r ##a [UNK] sentence 7 [SEP]"
 
 
+def test_swapped_columns_have_a_note_for_both_tasks(tmp_path):
+    rows = [{"text": row["label"], "label": row["text"]} for row in sentences(60)]
+    for split, part in (("train", rows[:40]), ("validation", rows[40:50]), ("test", rows[50:])):
+        write(tmp_path / "t", f"{split}.jsonl", part)
+    write(tmp_path / "a", "train.jsonl", [{**row, "text": f"{row['text']} {i}"} for i, row in enumerate(rows)])
+    notes = data(tmp_path / "t", tmp_path / "a", n_target=20).notes
+    assert sum(note.endswith("examples: are columns swapped?") for note in notes) == 2
+    assert "20 of 40 training examples are used: --n_target 0 takes all" in notes
+
+
 def test_of_an_auxiliary_task_only_train_is_read(tmp_path):
     """A test split without labels, as many have, stops no run."""
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
