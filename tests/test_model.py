@@ -459,6 +459,7 @@ def test_a_bert_of_a_folder_computes_what_torchs_post_norm_encoder_computes(tmp_
     ids = texts()[:, :9].clamp(max=20)
     for name in ("new", "old"):
         net = model.load_bert(str(tmp_path / name))
+        assert {m.eps for m in net.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
         row = [[*MARKS, *PIECES].index(piece) for piece in net.vocab]
         x = tensors["embeddings.word_embeddings.weight"][torch.tensor(row)[ids]]
         x = x + tensors["embeddings.position_embeddings.weight"][:9]
@@ -475,6 +476,8 @@ def test_weights_of_sixteen_bits_become_float32(tmp_path):
     halved = {name: tensor.half() for name, tensor in tensors.items()}
     net = model.load_bert(write_bert(tmp_path, halved))
     assert {p.dtype for p in net.parameters()} == {torch.float32}
+    position, kind = (halved[f"embeddings.{name}_embeddings.weight"].float() for name in ("position", "token_type"))
+    torch.testing.assert_close(net.position.weight, position + kind[0], atol=0, rtol=0)  # no sum of 16 bits
     theirs = halved["encoder.layer.1.intermediate.dense.weight"].float()
     torch.testing.assert_close(net.blocks[1].up.weight, theirs, atol=0, rtol=0)
 
@@ -495,7 +498,7 @@ def test_pieces_are_the_longest_first_and_a_pair_has_three_marks():
     assert read("café\u0301 CAFÉ") == "[CLS] ca ##fe ca ##fe [SEP]"
     assert read("東京a") == "[CLS] 東 京 a [SEP]"
     assert read("ca's un-wa") == "[CLS] ca ' [UNK] un - wa [SEP]"
-    assert read("[SEP]") == "[CLS] [ sep ] [SEP]"
+    assert read("[SEP]") == "[CLS] [ sep ] [SEP]" and read("a$a") == "[CLS] a [UNK] a [SEP]"
     assert read("un\u200bwant\x00 a\ta\n\ufffda") == "[CLS] un ##want a a a [SEP]"  # nothing has no width
     assert read("a" * 200) == "[CLS] [UNK] [SEP]" and read("") == "[CLS] [SEP]"
     assert read(("a a a", "wa wa"), 7) == "[CLS] a a [SEP] wa wa [SEP]"
