@@ -401,6 +401,15 @@ def limited_subset(label, n, seed):
     return np.isin(np.arange(len(label)), np.argsort(turn, kind="stable")[:n])
 
 
+def limited(train, n_target, seed):
+    """The Rows of `limited_subset`, 0 = all. Raises InputError if there are not as many."""
+    if n_target == 1 or n_target > len(train):
+        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not held out "
+                         "take 2 or more, or 0 for all")
+    chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
+    return [row for row, is_chosen in zip(train, chosen) if is_chosen]
+
+
 def choose_vocab(train, aux, known, vocab_size, always):
     """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then the
     auxiliary task's by frequency: they fill what is left and take the place of no other.
@@ -504,14 +513,9 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     splits = complete({name: tokenized(pairs[name], tokenizer, max_length, bert, known) for name in pairs})
     notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
-    train = splits["train"]
-    if n_target == 1 or n_target > len(train):
-        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not held out "
-                         "take 2 or more, or 0 for all")
-    if 0 < n_target < len(train):
+    train, splits["train"] = splits["train"], limited(splits["train"], n_target, seed)
+    if len(splits["train"]) < len(train):
         notes.append(f"{n_target} of {len(train)} training examples are used: --n_target 0 takes all")
-    chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
-    splits["train"] = [row for row, is_chosen in zip(train, chosen) if is_chosen]
     record = {"target": about(target, splits, names["target"], pairs)}
 
     # the auxiliary task, without what is held out of the target
