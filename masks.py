@@ -1,15 +1,15 @@
 """Gates: from one number per unit to a 0/1 structure of the size asked for (structured pruning).
 
-One real number log_alpha per prunable unit (an attention head, an attention sublayer, a feed-forward
-sublayer) parametrises a random gate z in [0, 1] that is often exactly 0 or exactly 1, yet lets gradients
-through (hard concrete, Louizos, Welling, Kingma 2018). A controller steers the expected sparsity along a
-schedule (an augmented Lagrangian, as in Wang et al. 2020 and Xia et al. 2022, CoFi), and at the end one
-global choice turns the probabilities into a structure.
+One real number log_alpha per prunable unit (an attention head, an attention sublayer, a
+feed-forward sublayer) parametrises a random gate z in [0, 1] that is often exactly 0 or exactly 1,
+yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A controller steers the
+expected sparsity along a schedule (an augmented Lagrangian, as in Wang et al. 2020 and Xia et al.
+2022, CoFi), and at the end one global choice turns the probabilities into a structure.
 
-This file needs nothing but torch: copy it into your own project. These lines gate any stack of n_layer
-layers with n_head heads of d_head channels. Here `network` is a torch.nn.TransformerEncoder with bias=False
-and norm_first=True, batches() and loss_of() are yours, and head_size and ffn_size count the parameters of a
-head and of a feed-forward sublayer:
+This file needs nothing but torch: copy it into your own project. These lines gate any stack of
+n_layer layers with n_head heads of d_head channels. Here `network` is a torch.nn.TransformerEncoder
+with bias=False and norm_first=True, batches() and loss_of() are yours, and head_size and ffn_size
+count the parameters of a head and of a feed-forward sublayer:
 
     gates, controller = Gates(n_layer, n_head), Controller(gate_lr=0.05)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -17,7 +17,7 @@ head and of a feed-forward sublayer:
     for step, (x, y) in enumerate(batches()):
         z, gated = gates.sample(), dict(network.named_parameters())
         for i in range(n_layer):  # the weights that read a gated unit are multiplied by its gate
-            heads = z.head[i].repeat_interleave(d_head)  # a gate for each column that reads its head
+            heads = z.head[i].repeat_interleave(d_head)  # one for each column that reads a head
             for name, gate in (("self_attn.out_proj.weight", heads), ("linear2.weight", z.ffn[i])):
                 gated[f"layers.{i}.{name}"] = gated[f"layers.{i}.{name}"] * gate
         loss = loss_of(torch.func.functional_call(network, gated, x), y)
@@ -29,19 +29,20 @@ head and of a feed-forward sublayer:
         gate_optimizer.step()
         gates.clamp_()
         controller.ascend(gap)
-    structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # zeros and ones: cut, then fine-tune
+    structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # 0/1: cut, then fine-tune
 
-A bias behind a gate has to be gated too, or a closed unit still contributes: linear2.bias by z.ffn[i]; the
-bias of an output projection belongs to no head, so leave it out. With norm_first=True a closed sublayer is
-the identity and can be cut out; with post-norm its norm would remain. Give the gates no weight decay, and
-evaluate with gates.deterministic() while you prune. After the ramp gates need about (INIT + LIMIT) / lr more
-steps to settle, with their own lr. A network of half precision takes z.head and z.ffn with `.to(x.dtype)`;
-log_alpha stays float32. A closed sublayer is cut by not calling it; single heads cannot be cut out of
-nn.MultiheadAttention, whose width is heads times head size: keep their zeros there, or use an attention of
-your own, as in model.py, where `extract` shows how units are cut out of the weights.
+A bias behind a gate has to be gated too, or a closed unit still contributes: linear2.bias by
+z.ffn[i]; the bias of an output projection belongs to no head, so leave it out. With norm_first=True
+a closed sublayer is the identity and can be cut out; with post-norm its norm would remain. Give the
+gates no weight decay, and evaluate with gates.deterministic() while you prune. After the ramp gates
+need about (INIT + LIMIT) / lr more steps to settle, with their own lr. A network of half precision
+takes z.head and z.ffn with `.to(x.dtype)`; log_alpha stays float32. A closed sublayer is cut by not
+calling it; single heads cannot be cut out of nn.MultiheadAttention, whose width is heads times head
+size: keep their zeros there, or use an attention of your own, as in model.py, where `extract` shows
+how units are cut out of the weights.
 
-Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size target
-(a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
+Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size
+target (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
 """
 
 import math
@@ -54,25 +55,26 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizo
 
 
 def sample_z(log_alpha, generator=None):
-    """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Shape in = shape out."""
-    u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
+    """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Of any shape."""
+    u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
+    u = u.clamp(1e-6, 1 - 1e-6)  # the logit stays finite
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
     z = (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
     return z.to(log_alpha.dtype)
 
 
 def prob_open(log_alpha):
-    """P(z > 0) in (0, 1), the summand of the L0 penalty (Louizos et al. 2018). Shape in = shape out."""
+    """P(z > 0) in (0, 1), the summand of the L0 penalty (Louizos et al. 2018). Of any shape."""
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 def deterministic_z(log_alpha):
-    """The gate used for evaluation: not divided by BETA (Louizos et al. 2018). Shape in = shape out."""
+    """The gate used for evaluation: not divided by BETA (Louizos et al. 2018). Of any shape."""
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 class Units(NamedTuple):
-    """One number in [0, 1] per prunable unit: its gate, its probability, or 1 if it is kept, else 0."""
+    """One number in [0, 1] per prunable unit: its gate, its probability, or 1 if kept, else 0."""
 
     head: torch.Tensor  # (L, H), the gate of the attention sublayer already multiplied in
     ffn: torch.Tensor  # (L,)
@@ -83,7 +85,7 @@ LIMIT = 4.6  # log_alpha stays in [-LIMIT, LIMIT]: further out a gate is too fla
 
 
 class Gates(nn.Module):
-    """The gates of a whole transformer: per layer H head gates, one attention gate, one feed-forward gate."""
+    """Gates of a transformer: per layer H for heads, one for attention, one for feed-forward."""
 
     def __init__(self, n_layer, n_head):
         super().__init__()
@@ -91,8 +93,9 @@ class Gates(nn.Module):
 
     @staticmethod
     def combine(gate):
-        """The one place where gates combine: a number per gate (L, H + 2) to Units. A head is open if its own
-        gate and that of its sublayer are, so that gates multiply, and so do probabilities.
+        """The one place where gates combine: a number per gate (L, H + 2) to Units. A head is open
+        if its own gate and that of its sublayer are, so that gates multiply, and so do
+        probabilities.
         """
         head, attn, ffn = gate[:, :-2], gate[:, -2:-1], gate[:, -1]
         return Units(head * attn, ffn)
@@ -116,24 +119,24 @@ class Gates(nn.Module):
 
 
 def sparsity(z, head_size, ffn_size):
-    """Fraction of the prunable parameters that is gone, in [0, 1], if unit i counts with weight z_i.
+    """Fraction of the prunable parameters that is gone, in [0, 1], if unit i counts z_i times.
 
-    With z = gates.prob_open() this is the expected sparsity, with a 0/1 structure the delivered one.
-    head_size, ffn_size: parameters of one head and of one feed-forward sublayer.
+    With z = gates.prob_open() this is the expected sparsity, with a 0/1 structure the delivered
+    one. head_size, ffn_size: parameters of one head and of one feed-forward sublayer.
     """
     total = z.head.numel() * head_size + z.ffn.numel() * ffn_size
     return 1 - (z.head.sum() * head_size + z.ffn.sum() * ffn_size) / total
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Target sparsity at `step`: 0 up to prune_start, then a straight line up to `sparsity` (or a jump)."""
+    """Target sparsity at `step`: 0 up to prune_start, then a line (or a jump) to `sparsity`."""
     if prune_ramp == 0:
         return sparsity if step >= prune_start else 0.0
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
-# Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this file. They go
-# with a loss in nats: with a loss of another scale, scale SPRING and ASCENT alike.
+# Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this
+# file. They go with a loss in nats: with a loss of another scale, scale SPRING and ASCENT alike.
 SPRING = 200.0  # pulls the expected sparsity to its target at once
 ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one overshoots
 LAG = 0.02  # a larger gap counts as this much in the ascent
@@ -142,17 +145,18 @@ LAG = 0.02  # a larger gap counts as this much in the ascent
 class Controller(nn.Module):
     """Keeps the expected sparsity s at its target t by an augmented Lagrangian, gap = s - t:
 
-        penalty = lambda1 gap + SPRING gap^2,    lambda1 <- lambda1 + ASCENT gate_lr gap after every step,
+        penalty = lambda1 gap + SPRING gap^2,    lambda1 <- lambda1 + ASCENT gate_lr gap,
 
-    to be minimised over log_alpha while lambda1 ascends (Wang et al. 2020 let both factors ascend; the second
-    one's gradient is a square, so that it would climb for ever). The spring pulls at once, but leaves a gap
-    where the tasks push back. The multiplier adds up what the spring leaves, until -lambda1 equals the rise,
-    per unit of sparsity, of the loss that the gates minimise (with transfer to the gates that of the target
-    plus the weighted auxiliary one): it is the price of the parameters. A gap beyond LAG counts as
-    LAG, because gates move by about gate_lr a step at most: lambda1 would add up mere lag, and overshoot.
+    to be minimised over log_alpha while lambda1 ascends (Wang et al. 2020 let both factors ascend;
+    the second one's gradient is a square, so that it would climb for ever). The spring pulls at
+    once, but leaves a gap where the tasks push back. The multiplier adds up what the spring leaves,
+    until -lambda1 equals the rise, per unit of sparsity, of the loss that the gates minimise (with
+    transfer to the gates that of the target plus the weighted auxiliary one): it is the price of
+    the parameters. A gap beyond LAG counts as LAG, because gates move by about gate_lr a step at
+    most: lambda1 would add up mere lag, and overshoot.
 
-    The penalty may be negative; what moves the gates is its slope lambda1 + 2 SPRING gap: they close while it
-    is negative, and open while it is positive.
+    The penalty may be negative; what moves the gates is its slope lambda1 + 2 SPRING gap: they
+    close while it is negative, and open while it is positive.
     """
 
     def __init__(self, gate_lr):
@@ -174,14 +178,16 @@ class Controller(nn.Module):
 def select(prob, sparsity, head_size, ffn_size):
     """Turn probabilities into a 0/1 structure: the most probable units that fit the budget.
 
-    prob: Units of probabilities. Returns Units of zeros and ones whose sparsity is at least the requested
-    one, and exceeds it by less than the size of any unit that was dropped. One global choice, unlike rounding
-    layer by layer, cannot miss the budget: it also keeps improbable units, if there is room, and of equally
-    probable ones heads before feed-forward sublayers, and lower layers before higher ones.
+    prob: Units of probabilities. Returns Units of zeros and ones whose sparsity is at least the
+    requested one, and exceeds it by less than the size of any unit that was dropped. One global
+    choice, unlike rounding layer by layer, cannot miss the budget: it also keeps improbable units,
+    if there is room, and of equally probable ones heads before feed-forward sublayers, and lower
+    layers before higher ones.
 
-    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with heads and
-    may drop all of them at once. Therefore the most probable one comes first, provided that it leaves room
-    for a head in every layer. Raises ValueError for a probability that is NaN and a sparsity outside [0, 1].
+    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with
+    heads and may drop all of them at once. Therefore the most probable one comes first, provided
+    that it leaves room for a head in every layer. Raises ValueError for a probability that is NaN
+    and a sparsity outside [0, 1].
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is a fraction, from 0 to 1, not {sparsity}")
@@ -190,7 +196,7 @@ def select(prob, sparsity, head_size, ffn_size):
         raise ValueError("a probability is NaN: has the training diverged?")
     n_heads, n_layer = prob.head.numel(), prob.ffn.numel()
     size = [head_size] * n_heads + [ffn_size] * n_layer
-    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6 is for rounding
+    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay, and rounding
     if ffn_size + n_layer * head_size <= room:
         p[n_heads + prob.ffn.argmax()] = 2.0  # more than any probability: it comes first
     keep = torch.zeros_like(p)

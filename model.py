@@ -1,18 +1,21 @@
-"""The network, and the same network smaller: a transformer encoder for text classification, whose heads and
-layers can be gated and cut out; the words that it reads; and how it takes over the weights of a BERT.
+"""The network, and the same network smaller: a transformer encoder for text classification, whose
+heads and layers can be gated and cut out; the words that it reads; and how it takes over the
+weights of a BERT.
 
     python model.py out/pruned.pt < texts.txt        # label and probability of every line
 
-One class is the dense network and the pruned one: `Config.heads` says how many heads each layer has,
-`Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated network into
-a smaller instance. Two kinds differ in `Config.bert`: a small pre-norm network without biases, which starts
-from random weights and reads words, and a BERT (Devlin et al. 2019), post-norm with biases, which reads word
-pieces. In both a closed unit contributes exactly nothing. With pre-norm a closed sublayer is the identity,
-and its norm goes with it; with post-norm its norm remains, and so does its output bias, which belongs to no
-unit. Left out on purpose: causal attention, the second token type of a BERT (both texts of a pair have the
-first), its pooler (features are the mean over tokens), cased vocabularies.
+One class is the dense network and the pruned one: `Config.heads` says how many heads each layer
+has, `Config.ffn` whether it has a feed-forward sublayer. `extract` copies the open units of a gated
+network into a smaller instance. Two kinds differ in `Config.bert`: a small pre-norm network without
+biases, which starts from random weights and reads words, and a BERT (Devlin et al. 2019), post-norm
+with biases, which reads word pieces. In both a closed unit contributes exactly nothing. With
+pre-norm a closed sublayer is the identity, and its norm goes with it; with post-norm its norm
+remains, and so does its output bias, which belongs to no unit. Left out on purpose: causal
+attention, the second token type of a BERT (both texts of a pair have the first), its pooler
+(features are the mean over tokens), cased vocabularies.
 
-Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D head size.
+Letters in shape comments: B batch, T tokens, C channels (d_model), L layers, H heads of a layer, D
+head size.
 """
 
 import json
@@ -30,12 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------- words and word pieces
+# ---------------------------------------------------------------------------- words and word pieces
 
 PAD, UNK, SEP = 0, 1, 2  # ids of padding, unknown word, end of a text
 SPECIAL = ["[PAD]", "[UNK]", "[SEP]"]
 CLS = "[CLS]"  # the first token that a BERT reads
-# combining marks are parts of a word: without them \w would cut the words of Hindi, Thai and others to pieces
+# combining marks are parts of a word: without them \w would cut the words of Hindi, Thai and others
+# to pieces
 MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c).startswith("M"))
 WORD = re.compile(rf"\w[\w{MARKS}]*(?:'\w[\w{MARKS}]*)*|[^\w\s]")
 
@@ -47,27 +51,27 @@ def normalise(text):
 
 def words(text):
     """Lower-case words and punctuation marks of a string: the tokens of the small network."""
-    return [sys.intern(word) for word in WORD.findall(normalise(text))]  # equal words share their memory
+    return [sys.intern(word) for word in WORD.findall(normalise(text))]  # equal ones share memory
 
 
-CHINESE = ("\u3400\u4dbf", "\u4e00\u9fff", "\uf900\ufaff", "\U00020000\U0002ceaf", "\U0002f800\U0002fa1f")
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f"
 
 
 @lru_cache(maxsize=None)
 def bert_character(c):
-    """What BERT's tokenizer makes of a character of a lower-case text in which accents stand alone (NFD)."""
+    """What BERT's tokenizer makes of a character of a lower-case text in NFD (accents apart)."""
     category = unicodedata.category(c)
     if c in "\t\n\r":
         return " "
     if category == "Mn" or category[0] == "C" or c == "\ufffd":  # accents, control characters
         return ""
-    apart = category[0] == "P" or c in string.punctuation or any(a <= c <= b for a, b in CHINESE)
+    apart = category[0] == "P" or c in string.punctuation or re.match(f"[{CHINESE}]", c)
     return f" {c} " if apart else c
 
 
 def word_pieces(vocab):
-    """The tokenizer of an uncased BERT, a function from a string to pieces of `vocab`: the longest piece that
-    a word starts with, then of the rest, where pieces start with ##.
+    """The tokenizer of an uncased BERT, a function from a string to pieces of `vocab`: the longest
+    piece that a word starts with, then of the rest, where pieces start with ##.
     """
     known = set(vocab)
 
@@ -96,8 +100,8 @@ def word_pieces(vocab):
 def tokenize(texts, tokenizer, max_length, bert):
     """The tokens of an example, at most max_length, and whether some were cut off.
 
-    texts: a tuple of strings; tokenizer: `words` or what `word_pieces` returns. Small: a [SEP] b; a BERT's:
-    [CLS] a [SEP] b [SEP]. The longer text is cut first.
+    texts: a tuple of strings; tokenizer: `words` or what `word_pieces` returns. Small: a [SEP] b; a
+    BERT's: [CLS] a [SEP] b [SEP]. The longer text is cut first.
     """
     parts = [tokenizer(text) for text in texts]
     room = max(1, max_length - len(parts) + (-1 if bert else 1))  # beside the marks
@@ -116,7 +120,7 @@ def tokenize(texts, tokenizer, max_length, bert):
 
 @dataclass
 class Config:
-    """What determines the shapes of all tensors but those of the classifiers, and what an example is."""
+    """The shapes of all tensors but those of the classifiers, and what an example is."""
 
     vocab_size: int
     max_length: int  # tokens; longer texts are cut
@@ -134,7 +138,7 @@ def scale(x, factor):
 
 
 class Block(nn.Module):
-    """The two sublayers of a layer, each with its norm; matrices that were cut away are not there."""
+    """The two sublayers of a layer, each with its norm; matrices that were cut are not there."""
 
     def __init__(self, config, n_head, has_ffn):
         super().__init__()
@@ -151,12 +155,12 @@ class Block(nn.Module):
         if has_ffn:
             self.up = nn.Linear(C, 4 * C, bias=bert)
             self.down = nn.Linear(4 * C, C, bias=False)
-        if bert:  # the output biases, which stay when all heads or the feed-forward sublayer are cut
+        if bert:  # the output biases, which stay when a whole sublayer is cut
             self.attn_bias = nn.Parameter(torch.zeros(C))
             self.ffn_bias = nn.Parameter(torch.zeros(C))
 
     def attention(self, x, attn_mask, z=None):
-        """x: (B, T, C); attn_mask: (B, 1, 1, T), added to the scores; z: (H,) gates, None = all open."""
+        """x: (B, T, C); attn_mask: (B, 1, 1, T), added to the scores; z: (H,) gates or None."""
         if not self.n_head:
             return torch.zeros_like(x)
         B, T, _ = x.shape
@@ -177,9 +181,10 @@ class Block(nn.Module):
         return scale(self.down(hidden), z)  # (B, T, C)
 
     def forward(self, x, attn_mask, z_head=None, z_ffn=None, drop_attn=None, drop_ffn=None):
-        """x: (B, T, C); gates and attn_mask as above; drop_attn, drop_ffn: dropout factors (B, 1, C)."""
+        """x: (B, T, C); gates and attn_mask as above; drop_*: dropout factors (B, 1, C)."""
         if self.bert:
-            x = self.attn_norm(x + scale(self.attention(x, attn_mask, z_head) + self.attn_bias, drop_attn))
+            context = self.attention(x, attn_mask, z_head) + self.attn_bias
+            x = self.attn_norm(x + scale(context, drop_attn))
             return self.ffn_norm(x + scale(self.feed_forward(x, z_ffn) + self.ffn_bias, drop_ffn))
         if self.n_head:
             x = x + scale(self.attention(self.attn_norm(x), attn_mask, z_head), drop_attn)
@@ -199,7 +204,8 @@ class Dropout(NamedTuple):
 class GatedTransformer(nn.Module):
     """Transformer encoder with one linear classifier per task.
 
-    vocab: words or word pieces in order of id, SPECIAL first. labels: task name -> list of label names.
+    vocab: words or word pieces in order of id, SPECIAL first. labels: task name -> list of label
+    names.
     """
 
     def __init__(self, config, vocab, labels):
@@ -211,8 +217,10 @@ class GatedTransformer(nn.Module):
         self.position = nn.Embedding(config.max_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n, f) for n, f in zip(config.heads, config.ffn))
         self.norm = nn.LayerNorm(config.d_model, 1e-12 if config.bert else 1e-5)
-        self.classifier = nn.ModuleDict({t: nn.Linear(config.d_model, len(n)) for t, n in labels.items()})
-        nn.init.normal_(self.token.weight, std=0.02)  # with torch's 1.0 it is too easy to memorise texts
+        self.classifier = nn.ModuleDict()
+        for task, names in labels.items():
+            self.classifier[task] = nn.Linear(config.d_model, len(names))
+        nn.init.normal_(self.token.weight, std=0.02)  # with torch's 1.0 texts are easy to memorise
         nn.init.normal_(self.position.weight, std=0.02)
 
     def features(self, ids, z=None, drop=None):
@@ -220,7 +228,8 @@ class GatedTransformer(nn.Module):
         B, T = ids.shape
         real = ids != PAD  # (B, T)
         x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
-        attn_mask = torch.where(real, 0.0, -torch.inf).to(x.dtype).view(B, 1, 1, T)  # no token sees padding
+        attn_mask = torch.where(real, 0.0, -torch.inf)  # no token sees padding
+        attn_mask = attn_mask.to(x.dtype).view(B, 1, 1, T)
         z_head = z_ffn = drop_attn = drop_ffn = [None] * len(self.blocks)  # all open, no dropout
         if self.config.bert:
             x = self.norm(x)
@@ -239,36 +248,37 @@ class GatedTransformer(nn.Module):
     def forward(self, ids, task, z=None, drop=None):
         """Class scores of a batch.
 
-        ids: (B, T) token ids, PAD on the right. task: "target" or "auxiliary". z: gates, Units of masks.py or
-        anything with head (L, H) and ffn (L,); None = all open. drop: a Dropout, None = no dropout. Returns
-        logits (B, labels).
+        ids: (B, T) token ids, PAD on the right. task: "target" or "auxiliary". z: gates, Units of
+        masks.py or anything with head (L, H) and ffn (L,); None = all open. drop: a Dropout, None =
+        no dropout. Returns logits (B, labels).
         """
         return self.classifier[task](self.features(ids, z, drop))
 
     @torch.no_grad()
     def probabilities(self, texts):
-        """Class probabilities of the target task: (N, labels), in the order of self.labels["target"].
+        """Class probabilities of the target task: (N, labels), in the order of labels["target"].
 
-        texts: a list of strings or, where an example has several texts, of tuples of strings. Raises
-        TypeError for anything else, ValueError for another number of texts than it was trained on.
+        texts: a list of strings or, where an example has several texts, of tuples of strings.
+        Raises TypeError for anything else, ValueError for another number of texts than it was
+        trained on.
         """
         if not isinstance(texts, list):
             raise TypeError(f"texts are a list, not a {type(texts).__name__}")
         encoded = [torch.tensor(self.encode(text, number)) for number, text in enumerate(texts, 1)]
         parts = [torch.zeros(0, len(self.labels["target"]))]
         for start in range(0, len(texts), 64):
-            ids = nn.utils.rnn.pad_sequence(encoded[start : start + 64], batch_first=True, padding_value=PAD)
+            ids = nn.utils.rnn.pad_sequence(encoded[start : start + 64], True, PAD)  # (B, T)
             parts.append(self(ids.to(self.norm.weight.device), "target").float().softmax(1).cpu())
         return torch.cat(parts)
 
     def encode(self, text, number):
-        """Token ids of an example, a string or a tuple of strings; number: its place, for messages."""
+        """Token ids of an example, a string or a tuple of strings; number: its place."""
         texts = (text,) if isinstance(text, str) else text
         if not isinstance(texts, tuple) or not all(isinstance(part, str) for part in texts):
-            raise TypeError(f"text {number} is neither a string nor a tuple of strings: {text!r:.80}")
+            raise TypeError(f"text {number} is no string and no tuple of strings: {text!r:.80}")
         n_texts = self.config.n_texts
         if len(texts) != n_texts:
-            raise ValueError(f"text {number} has {len(texts)} parts, and the network reads {n_texts}")
+            raise ValueError(f"text {number} has {len(texts)} parts, the network reads {n_texts}")
         tokens, _ = tokenize(texts, self.tokenizer, self.config.max_length, self.config.bert)
         return [self.word_id.get(token, UNK) for token in tokens]
 
@@ -291,15 +301,15 @@ class GatedTransformer(nn.Module):
         except Exception:  # whatever a missing, truncated or foreign file provokes
             raise ValueError(f"{path} is missing, or not a network that train.py saved") from None
         if model.vocab[: len(SPECIAL)] != SPECIAL:
-            raise ValueError(f"{path} was saved by an earlier version of this program: make it again")
+            raise ValueError(f"{path} was saved by an earlier version: make it again")
         return model
 
 
 def dropout_noise(model, batch_size, p, generator):
     """Draw a Dropout for a batch of batch_size texts.
 
-    One draw serves all tokens of a text (Gal and Ghahramani 2016): T times fewer random numbers, and the
-    noise of a text depends neither on padding nor on its neighbours in the batch.
+    One draw serves all tokens of a text (Gal and Ghahramani 2016): T times fewer random numbers,
+    and the noise of a text depends neither on padding nor on its neighbours in the batch.
     """
     L = len(model.blocks)
     noise = torch.empty(batch_size, 2 * L + 1, model.config.d_model, device=generator.device)
@@ -308,12 +318,12 @@ def dropout_noise(model, batch_size, p, generator):
     return Dropout(factors[2 * L], factors[0 : 2 * L : 2], factors[1 : 2 * L : 2])
 
 
-# ----------------------------------------------------------------------------- the same network smaller
+# ------------------------------------------------------------------------- the same network smaller
 
 
 def unit_sizes(d_model, n_head):
-    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer: matrices
-    count, biases do not.
+    """Parameters of one head (its slices of Q, K, V and output) and of one feed-forward sublayer:
+    matrices count, biases do not.
     """
     return 4 * d_model * (d_model // n_head), 8 * d_model**2
 
@@ -325,10 +335,11 @@ def prunable(model):
 
 @torch.no_grad()
 def extract(model, z):
-    """A physically smaller model that computes what the unpruned `model` computes under the gates z.
+    """A physically smaller model that computes what the unpruned `model` computes under gates z.
 
-    z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are multiplied
-    into the output projections. All heads of a layer closed means that the layer has no attention any more.
+    z: head (L, H), ffn (L,). Units with z = 0 are cut out of the weights; other gate values are
+    multiplied into the output projections. All heads of a layer closed means that the layer has no
+    attention any more.
     """
     D, state, device = model.config.d_head, model.state_dict(), model.norm.weight.device
     z_head, z_ffn = z.head.to(device), z.ffn.to(device)
@@ -338,8 +349,8 @@ def extract(model, z):
             if name in state:
                 qkv = state[name].unflatten(0, (3, -1, D))  # (3, H, D, C), of the bias (3, H, D)
                 state[name] = qkv[:, keep].flatten(0, 2)
-        out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D)) * z_head[i].view(-1, 1)  # (C, H, D)
-        state[f"blocks.{i}.out.weight"] = out[:, keep].flatten(1)
+        out = state[f"blocks.{i}.out.weight"].unflatten(1, (-1, D))  # (C, H, D)
+        state[f"blocks.{i}.out.weight"] = (out * z_head[i].view(-1, 1))[:, keep].flatten(1)
         state[f"blocks.{i}.down.weight"] = state[f"blocks.{i}.down.weight"] * z_ffn[i]
     heads, ffn = (z.head > 0).sum(1).tolist(), (z.ffn > 0).long().tolist()
     small = GatedTransformer(replace(model.config, heads=heads, ffn=ffn), model.vocab, model.labels)
@@ -349,7 +360,7 @@ def extract(model, z):
 
 # ----------------------------------------------------------------------------- loading a BERT
 
-SUPPORTED = {  # what config.json and tokenizer_config.json may say, if they say it: the rest would be misread
+SUPPORTED = {  # what config.json and tokenizer_config.json may say: the rest would be misread
     "model_type": ["bert"], "hidden_act": ["gelu"], "position_embedding_type": ["absolute"],
     "layer_norm_eps": [1e-12], "do_lower_case": [True], "strip_accents": [None, True],
     "tokenize_chinese_chars": [True], "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
@@ -368,8 +379,8 @@ OURS = {  # names within a layer, theirs -> ours; query, key and value are stack
 def load_bert(name):
     """A dense GatedTransformer without classifiers, with the weights and the vocabulary of a BERT.
 
-    name: a folder in the layout of the hub, or owner/name on the hub. Raises ValueError, with one line, for
-    anything that would not be read as BERT's own implementation reads it.
+    name: a folder in the layout of the hub, or owner/name on the hub. Raises ValueError, with one
+    line, for anything that would not be read as BERT's own implementation reads it.
     """
     try:
         folder = Path(name) if Path(name).is_dir() else download(name)
@@ -391,25 +402,29 @@ def download(name):
 
 
 def read_config(folder):
-    """config.json, a dict, and the word pieces of vocab.txt, a list. Raises ValueError for another kind."""
+    """config.json, a dict, and the word pieces of vocab.txt, a list. Raises ValueError."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = folder / "tokenizer_config.json"
-    said = {**config, **json.loads(tokenizer.read_text(encoding="utf-8"))} if tokenizer.exists() else config
+    said = dict(config)
+    if tokenizer.exists():
+        said |= json.loads(tokenizer.read_text(encoding="utf-8"))
     for key, values in SUPPORTED.items():
         if said.get(key, values[0]) not in values:
             raise ValueError(f"{key} {said[key]!r} is not supported, only {values[0]!r}")
     if config["intermediate_size"] != 4 * config["hidden_size"]:
         raise ValueError("intermediate_size is not four times hidden_size")
     vocab = (folder / "vocab.txt").read_bytes().decode().removesuffix("\n").split("\n")
-    if cased := [piece for piece in vocab if piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece)]:
-        raise ValueError(f"a cased vocabulary is not supported: {cased[0]!r} in vocab.txt")
+    for piece in vocab:
+        if piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece):
+            raise ValueError(f"a cased vocabulary is not supported: {piece!r} in vocab.txt")
     return config, vocab
 
 
 def read_tensors(folder):
     """name -> tensor of model.safetensors, else of pytorch_model.bin, by their names in a BERT.
 
-    A safetensors file is eight bytes (a length), JSON of that length, and raw little-endian numbers.
+    A safetensors file is eight bytes (a length), JSON of that length, and raw little-endian
+    numbers.
     """
     if any(folder.glob("*.index.json")):
         raise ValueError("weights in several files are not supported")
@@ -426,13 +441,14 @@ def read_tensors(folder):
         tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     renamed = {}
     for name, tensor in tensors.items():
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        renamed[name.removeprefix("bert.")] = tensor.float()
+        name = name.removeprefix("bert.")
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+        renamed[name] = tensor.float()
     return renamed
 
 
 def bert_from(config, vocab, tensors):
-    """The network of `load_bert` from the parts that were read. Raises KeyError for what is missing."""
+    """The network of `load_bert` from the parts that were read. Raises KeyError."""
     L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
     row = {piece: i for i, piece in enumerate(vocab)}
     ours = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # in our order: SPECIAL first
@@ -446,8 +462,8 @@ def bert_from(config, vocab, tensors):
     for i in range(L):
         layer = f"encoder.layer.{i}."
         for part in ("weight", "bias"):
-            qkv = [tensors[f"{layer}attention.self.{name}.{part}"] for name in ("query", "key", "value")]
-            state[f"blocks.{i}.qkv.{part}"] = torch.cat(qkv)
+            qkv = [f"{layer}attention.self.{name}.{part}" for name in ("query", "key", "value")]
+            state[f"blocks.{i}.qkv.{part}"] = torch.cat([tensors[name] for name in qkv])
         state |= {f"blocks.{i}.{name}": tensors[layer + theirs] for theirs, name in OURS.items()}
     shape = Config(len(ours), len(position), C, C // H, [H] * L, [1] * L, bert=True)
     model = GatedTransformer(shape, list(ours), {})
@@ -459,13 +475,13 @@ def bert_from(config, vocab, tensors):
 
 
 def say(line):
-    """Print a line; characters that the console cannot encode (a Windows code page, latin-1) are escaped."""
+    """Print a line; characters that the console cannot encode (latin-1) are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main():
-    """Print label and probability, tab separated, for every line of stdin; a tab separates two texts."""
+    """Print label and probability of every line of stdin; a tab separates two texts."""
     try:
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise ValueError("usage: python model.py out/pruned.pt < texts.txt")

@@ -1,15 +1,16 @@
 """One run, from flags to report: prune a transformer for a task while an auxiliary task teaches it.
 
-    python train.py --aux_weight 0.5 --transfer_start 1000              # built-in pair of tasks, no download
-    python train.py --aux_weight 0                                      # the same without transfer
-    python train.py --target path/to/mine --aux path/to/other           # folders with train.jsonl, ...
-    python train.py --init sentence-transformers/all-MiniLM-L6-v2 --lr 1e-4 ...   # from a pre-trained BERT
+    python train.py --aux_weight 0.5 --transfer_start 1000      # the built-in pair of tasks
+    python train.py --aux_weight 0                              # the same without transfer
+    python train.py --target path/to/mine --aux path/to/other   # folders with train.jsonl, ...
+    python train.py --init sentence-transformers/all-MiniLM-L6-v2 --lr 1e-4 ...   # from a BERT
 
-Read `train` first: it is the whole run in the order in which things happen. What it calls stands below it, by
-topic; above it stand the flags and the check of what they say together.
+Read `train` first: it is the whole run in the order in which things happen. What it calls stands
+below it, by topic; above it stand the flags and the check of what they say together.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +19,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from timeit import timeit
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from transfer import InputError
 
 
 def between(low, high, kind=float):
-    """For argparse: a number of this kind within [low, high]; anything else ends the run with exit code 2."""
+    """For argparse: a number of this kind within [low, high]; else the run ends, exit code 2."""
 
     def parse(text):
         value = kind(text)
@@ -46,52 +46,53 @@ def between(low, high, kind=float):
 
 
 STEPS = between(0, 10_000_000, int)
+COUNT = between(1, 10_000_000, int)
 
 
 def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line."""
-    usage = "python train.py [--flag value ...], see --help"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.usage = "python train.py [--flag value ...], see --help"
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     # data
-    add("--target", default="reviews:restaurant", help="task to solve: folder, file, or hub name[:config]")
-    add("--aux", help="auxiliary task, or none; left out: reviews:film for the default target, else none")
-    add("--text_columns", nargs="+", default=["text"], help="columns of the target's texts: two for pairs")
+    add("--target", default="reviews:restaurant", help="task to solve: folder, file, hub name")
+    add("--aux", help="auxiliary task, or none; default: reviews:film if the target is default")
+    add("--text_columns", nargs="+", default=["text"], help="columns of the target's texts")
     add("--label_column", default="label", help="column of the target's label")
-    add("--aux_text_columns", nargs="+", default=["text"], help="columns of the auxiliary task's texts")
-    add("--aux_label_column", default="label", help="column of the auxiliary task's label")
-    add("--n_target", type=between(0, 10**9, int), default=200, help="target examples to train on; 0 = all")
-    add("--max_length", type=between(1, 4096, int), default=64, help="tokens of a text that are read")
-    add("--vocab_size", type=between(4, 10**9, int), help="tokens known; left out: 10,000, of a BERT all")
+    add("--aux_text_columns", nargs="+", default=["text"], help="the auxiliary task's")
+    add("--aux_label_column", default="label", help="the auxiliary task's")
+    add("--n_target", type=STEPS, default=200, help="target examples to train on; 0 = all")
+    add("--max_length", type=between(1, 4096, int), default=64, help="tokens of a text to read")
+    add("--vocab_size", type=between(4, 10**9, int), help="default: 10,000, of a BERT all")
     # model
-    add("--init", help="start from: pruned.pt of a run with --sparsity 0, or a BERT's folder or hub name")
-    add("--n_layer", type=between(1, 100, int), help="layers; left out: the parent's, else 4")
-    add("--n_head", type=between(1, 1000, int), help="heads per layer; left out: the parent's, else 4")
-    add("--d_model", type=between(1, 10_000, int), help="width; left out: the parent's, else 64")
+    add("--init", help="start from a dense run's pruned.pt, or a BERT: folder or hub name")
+    add("--n_layer", type=between(1, 100, int), help="layers; default: the parent's, else 4")
+    add("--n_head", type=between(1, 1000, int), help="heads per layer; the parent's, else 4")
+    add("--d_model", type=between(1, 10_000, int), help="width; the parent's, else 64")
     add("--dropout", type=between(0, 0.99), default=0.1, help="dropout probability")
     # pruning
-    add("--sparsity", type=between(0, 0.99), default=0.7, help="fraction of the prunable weights to cut")
-    add("--prune_start", type=STEPS, default=500, help="step at which the target sparsity starts to rise")
-    add("--prune_ramp", type=STEPS, default=1000, help="steps over which it rises to its full value")
-    add("--finetune_steps", type=between(1, 10_000_000, int), default=800, help="last steps, after the cut")
-    add("--structure", default="learned", help="learned, random, bottom, or another run's result.json")
+    add("--sparsity", type=between(0, 0.99), default=0.7, help="fraction of weights to cut")
+    add("--prune_start", type=STEPS, default=500, help="first step with a rising sparsity")
+    add("--prune_ramp", type=STEPS, default=1000, help="steps in which it rises")
+    add("--finetune_steps", type=COUNT, default=800, help="last steps, after the cut")
+    add("--structure", default="learned", help="learned, random, bottom, or a result.json")
     # transfer
-    add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss, 0 for none")
-    add("--transfer_start", type=STEPS, default=1000, help="when: first step with the auxiliary loss")
-    add("--transfer_stop", type=between(0, 10**9, int), default=10**9, help="when: first step after transfer")
-    add("--coupling", choices=["sum", "project"], default="sum", help="how: project removes conflicts")
-    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it may change")
+    add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss")
+    add("--transfer_start", type=STEPS, default=1000, help="when: first step with transfer")
+    add("--transfer_stop", type=STEPS, default=10_000_000, help="when: first step without")
+    add("--coupling", choices=["sum", "project"], default="sum", help="how: project: no conflicts")
+    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what may change")
     # optimization
-    add("--steps", type=between(1, 10_000_000, int), default=3000, help="optimizer steps in all")
-    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples of each task per step")
-    add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate of the weights; 1e-4 for a BERT")
-    add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="most that a gate moves per step, about")
-    add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices, never of gates")
-    add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread over all labels")
+    add("--steps", type=COUNT, default=3000, help="optimizer steps in all")
+    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples per task and step")
+    add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate; 1e-4 for a BERT")
+    add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="about a gate's move per step")
+    add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices")
+    add("--label_smoothing", type=between(0, 0.99), default=0.1, help="spread over all labels")
     # run
-    add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, first weights, order, noise")
-    add("--seeds", type=between(1, 1000, int), default=1, help="seeds to run, each with and without transfer")
+    add("--seed", type=between(0, 10**6, int), default=0, help="of subset, weights, order, noise")
+    add("--seeds", type=between(1, 1000, int), default=1, help="runs, with and without transfer")
     add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -112,27 +113,28 @@ def check_device(args):
 
 
 def check(args):
-    """Raise InputError for settings that do not fit together; what one flag may say stands beside it."""
-    for path in (args.init, args.structure):
-        if path and Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
-            raise InputError(f"{path} lies in out_dir, which this run overwrites: use another --out_dir")
+    """Raise InputError for flags that do not fit together; what one may say stands beside it."""
+    for path in (args.init or "", args.structure):
+        if Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
+            raise InputError(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
     head, ffn = model.unit_sizes(args.d_model, args.n_head)
-    room = (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn)  # parameters that may stay
+    room = (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn)  # may stay
     closed = masks.Gates(args.n_layer, args.n_head)
     torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
     reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
-    # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier to settle
+    # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier
+    # to settle
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     learned = args.sparsity and args.structure == "learned"
     wrong = [
-        (args.d_model % args.n_head, f"d_model {args.d_model} is not divisible by n_head {args.n_head}"),
-        (args.finetune_steps > args.steps, f"finetune_steps {args.finetune_steps} > steps {args.steps}"),
-        (learned and args.sparsity >= reachable, f"sparsity {args.sparsity}: gates reach {reachable:.3f}"),
-        (room < head, f"sparsity {args.sparsity} leaves no room for a single head: use more heads or layers"),
+        (args.d_model % args.n_head, f"d_model {args.d_model} is no multiple of n_head"),
+        (args.finetune_steps > args.steps, f"finetune_steps exceed the {args.steps} steps"),
+        (learned and args.sparsity >= reachable, f"sparsity: gates reach at most {reachable:.3f}"),
+        (room < head, f"sparsity {args.sparsity} leaves no room for a single head"),
         (learned and needed > available,
-         f"pruning needs {needed} steps with this prune_ramp and gate_lr, and there are {available} "
+         f"pruning needs {needed} steps with this prune_ramp and gate_lr, there are {available} "
          "between prune_start and fine-tuning"),
     ]  # fmt: skip
     for is_wrong, message in wrong:
@@ -166,7 +168,8 @@ def train(args):
     optimizer = weight_optimizer(net, args.weight_decay)
     # a short memory, because the push of the controller changes its sign often
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
-    structure = masks.Units(torch.ones(args.n_layer, args.n_head), torch.ones(args.n_layer))  # until chosen
+    L, H = args.n_layer, args.n_head
+    structure = masks.Units(torch.ones(L, H), torch.ones(L))  # until it is chosen
     out = Path(args.out_dir)
     first, history, cut, began = 0, [], {}, time.time()
     best = {"score": (-1.0, 0.0), "weights": None}
@@ -193,14 +196,14 @@ def train(args):
     # ---- schedule and batches
     finetune_start = args.steps - args.finetune_steps
     learned = args.sparsity and not given
-    prune_start, prune_ramp = (args.prune_start, args.prune_ramp) if learned else (finetune_start, 0)
+    prune_start = args.prune_start if learned else finetune_start
+    prune_ramp = args.prune_ramp if learned else 0
     sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args)
     auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)  # on a terminal
 
-    # ---- the loop
-    for step in bar:
+    # ---- the loop; with a bar on a terminal
+    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None):
         phase = "dense" if step < prune_start else "prune"
         if step >= finetune_start:
             phase = "finetune"
@@ -208,26 +211,31 @@ def train(args):
             cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
             structure = given or masks.select(gates.prob_open(), args.sparsity, *sizes)
             net = model.extract(net, structure)
-            optimizer = weight_optimizer(net, args.weight_decay)  # Adam's averages had the old shapes
+            optimizer = weight_optimizer(net, args.weight_decay)  # Adam's had the old shapes
             cut["accuracy_after_cut"] = accuracies(net, None, data, args.device)
         at_work = gates if phase == "prune" else None
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
-        # when and what is transferred; what is minimised: the target's loss, the auxiliary loss, the penalty
+        # when and what is transferred; what is minimised: the target's loss, the auxiliary loss,
+        # the penalty
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
-        aux_weight = transfer.aux_weight_at(step, args.aux_weight, args.transfer_start, args.transfer_stop)
+        window = (args.transfer_start, args.transfer_stop)
+        aux_weight = transfer.aux_weight_at(step, args.aux_weight, *window)
+        shared = transfer.transferred(parameters, args.transfer)
         loss_target = task_loss(net, at_work, target, step, args)
         g_target, g_aux = gradients(loss_target, parameters), {}
-        terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": 0.0, "penalty": 0.0}
+        terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": 0.0}
         if aux_weight:
             loss_aux = task_loss(net, at_work, auxiliary, step, args)
-            g_aux = gradients(aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
+            g_aux = gradients(aux_weight * loss_aux, shared)
             terms["smoothed_loss_aux"] = loss_aux.item()
 
-        # how: the gradients of the two tasks are coupled; the controller is no task, and is added afterwards
+        # how: the gradients of the two tasks are coupled; the controller is no task, and is added
+        # afterwards
         update = transfer.couple(g_target, g_aux, args.coupling)
         prob = gates.prob_open() if at_work else structure
+        terms["penalty"] = 0.0
         terms["target_sparsity"] = masks.sparsity_at(step, args.sparsity, prune_start, prune_ramp)
         if at_work:
             gap = masks.sparsity(prob, *sizes) - terms["target_sparsity"]
@@ -239,7 +247,7 @@ def train(args):
         terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0).item()
         terms["lambda1"] = controller.lambda1.item()
         if not all(math.isfinite(term) for term in terms.values()):
-            raise InputError(f"step {step}: {terms}; try a lower --lr. The last checkpoint, if any, remains")
+            raise InputError(f"step {step}: {terms}; try a lower --lr. The checkpoint remains")
         optimizer.step()
         gate_optimizer.step()
         if at_work:
@@ -250,18 +258,17 @@ def train(args):
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if at_work else None
             scores = evaluate(net, data.validation, z, args.device)
-            # losses ("smoothed": with label smoothing), penalty, lambda1 and prob_open are from before
-            # this step's update, as the controller saw them; z and the scores from after it
+            # losses ("smoothed": with label smoothing), penalty, lambda1 and prob_open are from
+            # before this step's update, as the controller saw them; z and the scores from after it
             row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms}
             row |= gate_numbers(prob, z or structure, sizes)
             row |= {f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}
             history.append(row)
-            if bar.disable:
-                print(f"step {step + 1:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
-                      f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}", flush=True)
-            score = (scores["accuracy"], -scores["loss"])  # of equal accuracies, the lower loss wins
+            tqdm.write(f"step {step + 1:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
+                       f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}")
+            score = (scores["accuracy"], -scores["loss"])  # the lower loss breaks ties
             if phase == "finetune" and score > best["score"]:
-                best = {"score": score, "weights": {name: p.clone() for name, p in net.state_dict().items()}}
+                best = {"score": score, "weights": copy.deepcopy(net.state_dict())}
             checkpoint = {
                 "args": vars(args),
                 "fingerprint": fingerprint,
@@ -282,7 +289,8 @@ def train(args):
 
     # ---- final report
     net.load_state_dict(best["weights"])
-    result = summary(net, args, data, parent, gates.prob_open() if learned else structure, structure) | cut
+    prob = gates.prob_open() if learned else structure
+    result = summary(net, args, data, parent, prob, structure) | cut
     result |= {"validation_accuracy": best["score"][0], "fingerprint": fingerprint}
     result["seconds"] = time.time() - began
     save(net.save, out / "pruned.pt")
@@ -305,7 +313,7 @@ def read_parent(args):
         raise InputError(f"init: {error}") from None
     config = parent.config
     if set(config.heads) != {config.d_model // config.d_head} or not all(config.ffn):
-        raise InputError(f"init: {args.init} is pruned: a parent is dense, of a run with --sparsity 0")
+        raise InputError(f"init: {args.init} is pruned; a parent is of a run with --sparsity 0")
     return parent
 
 
@@ -316,7 +324,7 @@ def with_shape(args, parent):
         heads, longest = parent.config.heads, parent.config.max_length
         shape = {"n_layer": len(heads), "n_head": heads[0], "d_model": parent.config.d_model}
         if args.max_length > longest:
-            raise InputError(f"max_length {args.max_length}: {args.init} reads at most {longest} tokens")
+            raise InputError(f"max_length: {args.init} reads at most {longest} tokens")
     flags = dict(vars(args))
     for name, value in shape.items():
         if flags[name] is None:
@@ -327,36 +335,30 @@ def with_shape(args, parent):
 
 
 def given_structure(args):
-    """The structure that --structure asks for without looking at the gates; None if they choose it."""
+    """The structure that --structure names, Units of zeros and ones; None if gates choose it."""
     L, H = args.n_layer, args.n_head
+    sizes = model.unit_sizes(args.d_model, H)
     if args.structure == "learned":
         return None
     if args.structure == "random":
         generator = torch.Generator().manual_seed(100 * args.seed)  # more are drawn from 100 s + i
-        prob = masks.Units(torch.rand(L, H, generator=generator), torch.rand(L, generator=generator))
-    elif args.structure == "bottom":
+        heads = torch.rand(L, H, generator=generator)
+        prob = masks.Units(heads, torch.rand(L, generator=generator))
+        return masks.select(prob, args.sparsity, *sizes)
+    if args.structure == "bottom":
         height = torch.linspace(1, 0, L)
         prob = masks.Units(height.view(L, 1).expand(L, H), height)
-    else:
-        return read_structure(args)
-    return masks.select(prob, args.sparsity, *model.unit_sizes(args.d_model, H))
-
-
-def read_structure(args):
-    """The structure of the run whose result.json --structure names."""
+        return masks.select(prob, args.sparsity, *sizes)
     try:
         result = json.loads(Path(args.structure).read_text())
-        heads, ffn = torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"])
-        shape = (*heads.shape, *ffn.shape, result["target_sparsity"])
+        kept = masks.Units(torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"]))
+        requested, shape = result["target_sparsity"], (*kept.head.shape, *kept.ffn.shape)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        raise InputError(f"structure is learned, random, bottom or a file, not {args.structure}") from None
-    if shape != (args.n_layer, args.n_head, args.n_layer, args.sparsity):
-        raise InputError(f"structure: {args.structure} has another number of layers or heads, or sparsity")
-    kept = masks.Units(heads.float(), ffn.float())
-    delivered = masks.sparsity(kept, *model.unit_sizes(args.d_model, args.n_head)).item()
-    if delivered < args.sparsity - 1e-6:
-        raise InputError(f"structure: {args.structure} says sparsity {args.sparsity} and has {delivered:.3f}")
-    return kept
+        raise InputError("structure is learned, random, bottom or a run's result.json") from None
+    delivered = masks.sparsity(kept, *sizes)
+    if (requested, shape) != (args.sparsity, (L, H, L)) or delivered < requested - 1e-6:
+        raise InputError(f"structure: {args.structure} has other layers or heads, or sparsity")
+    return masks.Units(kept.head.float(), kept.ffn.float())
 
 
 def load(args, parent=None):
@@ -366,9 +368,9 @@ def load(args, parent=None):
     data = transfer.prepare(target, aux, n_target=args.n_target, max_length=args.max_length,
                             vocab_size=args.vocab_size, seed=args.seed, parent=parent)
     if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append("no transfer: transfer_start is not before transfer_stop, or not before steps")
+        data.notes.append("no transfer: transfer_start is not before transfer_stop or steps")
     if parent and parent.config.bert and args.lr > 3e-4:
-        data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets what it knows: try 1e-4")
+        data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets: try 1e-4")
     return data
 
 
@@ -392,20 +394,20 @@ def print_data(data):
 def dense_network(args, data, parent=None):
     """The network before pruning, with random weights; of the parent's kind, if there is one."""
     bert = parent is not None and parent.config.bert
-    heads, ffn, d_head = [args.n_head] * args.n_layer, [1] * args.n_layer, args.d_model // args.n_head
-    config = model.Config(len(data.vocab), args.max_length, args.d_model, d_head, heads, ffn,
-                          n_texts=len(args.text_columns), bert=bert)
+    shape = (len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head)
+    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
+    config = model.Config(*shape, heads, ffn, n_texts=len(args.text_columns), bert=bert)
     return model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
 
 
 @torch.no_grad()
 def inherit(net, parent):
-    """Copy the parent's weights into a network of the same shape: embeddings of words by name, of positions
-    as far as they are needed.
+    """Copy the parent's weights into a network of the same shape, embeddings of words by name.
 
-    The target's classifier starts anew; the auxiliary one is the parent's, if it has the same class names.
+    The target's classifier starts anew; the auxiliary one is the parent's, if it has the same class
+    names.
     """
-    own = ("token.", "position.", "classifier.")  # what depends on vocabulary, max_length and labels
+    own = ("token.", "position.", "classifier.")  # depend on vocabulary, max_length, labels
     state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
     net.load_state_dict(state, strict=False)
     net.position.weight.copy_(parent.position.weight[: len(net.position.weight)])
@@ -417,16 +419,18 @@ def inherit(net, parent):
 
 
 def weight_optimizer(net, weight_decay):
-    """AdamW for the weights of a network, at the rate of `lr_at`: matrices are decayed, norms are not."""
-    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": weight_decay}
+    """AdamW for the weights of a network, at the rate of `lr_at`: only matrices are decayed."""
+    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2]}
     vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.98), fused=True)
+    options = {"betas": (0.9, 0.98), "weight_decay": weight_decay, "fused": True}
+    return torch.optim.AdamW([matrices, vectors], **options)
 
 
 def fingerprint_of(data, parent, given):
     """A hash of all that a run reads. Runs that share it and their flags end in the same bits."""
-    arrays = [p.detach().cpu().numpy() for p in parent.parameters()] if parent else []
-    arrays += [part.numpy() for part in given or ()]
+    arrays = [part.numpy() for part in given or ()]
+    if parent:
+        arrays += [p.detach().cpu().numpy() for p in parent.parameters()]
     for examples in (data.train, data.validation, data.test, data.aux):
         if examples:
             arrays += [examples.label, np.array([len(ids) for ids in examples.ids]), *examples.ids]
@@ -452,17 +456,17 @@ def saved_run(args, fingerprint):
             return None
         flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
-        raise InputError(f"what {args.out_dir} holds cannot be read: run without --resume") from None
+        raise InputError(f"{args.out_dir} cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
-            raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}, not {value}")
+            raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}")
     if saved.get("fingerprint") != fingerprint:
-        raise InputError(f"{args.out_dir} holds a run on other data, from another parent or structure")
+        raise InputError(f"{args.out_dir} holds a run on other data, parent or structure")
     return saved
 
 
 def prepare_folder(out):
-    """Make the folder of a new run and remove what an earlier one left there: a folder belongs to one run."""
+    """Make the folder of a new run and remove what an earlier one left there."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
         if (out / name).exists():
@@ -485,12 +489,10 @@ WARMUP = 100  # steps in which the learning rate rises to its full value
 
 
 class Task:
-    """A task as the loop sees it: its examples, and `order`, a function from a step to the indices of its
-    batch, which depends on nothing but the seed.
-    """
+    """A task as the loop sees it: examples, and `order`, from a step to its batch's indices."""
 
     def __init__(self, name, examples, args):
-        self.name, self.examples = name, examples  # name: "target" or "auxiliary", as in net.classifier
+        self.name, self.examples = name, examples  # "target" or "auxiliary", as in net.classifier
         self.order = transfer.batch_order(examples, args.batch_size, noise_seed(args.seed, name, 0))
 
 
@@ -502,8 +504,9 @@ def lr_at(step, lr, finetune_start, steps):
 def noise_seed(seed, task, step):
     """Seed of everything random about the batch of one task ("target" or "auxiliary") at one step.
 
-    Distinct for every task and step of all runs with seeds below 200: they are spaced by the most steps that
-    a run may have, and stay below 2**32, since torch's CPU generator reads no further bits of a seed.
+    Distinct for every task and step of all runs with seeds below 200: they are spaced by the most
+    steps that a run may have, and stay below 2**32, since torch's CPU generator reads no further
+    bits of a seed.
     """
     place = 2 * seed + 1 if task == "auxiliary" else 2 * seed
     return place * 10_000_000 + step
@@ -512,55 +515,65 @@ def noise_seed(seed, task, step):
 def task_loss(net, gates, task, step, args):
     """Cross-entropy (nats per example, with label smoothing) of one task's batch of this step.
 
-    gates: None when every unit is open. Order and noise are functions of (seed, task, step): they never
-    depend on the other task.
+    gates: None when every unit is open. Order and noise are functions of (seed, task, step): they
+    never depend on the other task.
     """
     generator = torch.Generator(args.device).manual_seed(noise_seed(args.seed, task.name, step))
     ids, labels = task.examples.batch(task.order(step), args.device)
     z = gates.sample(generator) if gates else None
     drop = model.dropout_noise(net, args.batch_size, args.dropout, generator)
-    return F.cross_entropy(net(ids, task.name, z, drop), labels, label_smoothing=args.label_smoothing)
+    logits = net(ids, task.name, z, drop)
+    return F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 
 
 def gradients(loss, parameters):
-    """name -> gradient of `loss`, for those of the parameters (name -> parameter) that it depends on."""
+    """name -> gradient of `loss`, for those of `parameters` (name -> parameter) that it reaches."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {name: g for name, g in zip(parameters, found) if g is not None}
 
 
-# ----------------------------------------------------------------------------- measuring and reporting
+# -------------------------------------------------------------------------- measuring and reporting
 
 
 @torch.no_grad()
 def evaluate(net, examples, z, device):
     """Scores of the target task, a dict. z: gates or None.
 
-    accuracy, macro_f1 (the mean over classes that occur or are predicted), loss (nats per example, without
-    label smoothing), confusion (true class, predicted class; None from 100 classes on).
+    accuracy, macro_f1 (the mean over classes that occur or are predicted), loss (nats per example,
+    without label smoothing), confusion (true class, predicted class; None from 100 classes on).
     """
     length = np.array([len(ids) for ids in examples.ids])
     order = np.argsort(length, kind="stable")  # similar lengths together: little padding
-    at_once = max(1, 256**3 // max(256, length.max()) ** 2)  # texts: their attention scores take length**2
+    at_once = max(1, 256**3 // max(256, length.max()) ** 2)  # texts; attention takes length**2 each
     parts = np.array_split(order, max(1, len(order) // at_once))
-    logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts]).float().cpu()
-    labels, predicted, C = torch.from_numpy(examples.label[order]), logits.argmax(1), logits.shape[1]
+    logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts])
+    logits = logits.float().cpu()  # (N, C)
+    labels, predicted = torch.from_numpy(examples.label[order]), logits.argmax(1)
+    C = logits.shape[1]
     hits = labels[labels == predicted].bincount(minlength=C)
     f1 = 2 * hits.double() / (labels.bincount(minlength=C) + predicted.bincount(minlength=C))
-    confusion = (labels * C + predicted).bincount(minlength=C * C).view(C, C).tolist() if C < 100 else None
-    loss = F.cross_entropy(logits, labels).item()
-    accuracy = hits.sum().item() / len(labels)
-    # a class that neither occurs nor is predicted is nan
-    return {"accuracy": accuracy, "macro_f1": f1.nanmean().item(), "loss": loss, "confusion": confusion}
+    scores = {
+        "accuracy": hits.sum().item() / len(labels),
+        "macro_f1": f1.nanmean().item(),  # nan: a class that neither occurs nor is predicted
+        "loss": F.cross_entropy(logits, labels).item(),
+        "confusion": None,
+    }
+    if C < 100:
+        pairs = labels * C + predicted
+        scores["confusion"] = pairs.bincount(minlength=C * C).view(C, C).tolist()
+    return scores
 
 
 def accuracies(net, z, data, device):
     """Accuracy on the validation and on the test split."""
-    splits = {"validation": data.validation, "test": data.test}
-    return {name: evaluate(net, examples, z, device)["accuracy"] for name, examples in splits.items()}
+    return {
+        "validation": evaluate(net, data.validation, z, device)["accuracy"],
+        "test": evaluate(net, data.test, z, device)["accuracy"],
+    }
 
 
 def gate_numbers(prob, z, sizes):
-    """What is reported about gates: their probabilities and values, Units; sizes: from model.unit_sizes."""
+    """What is reported about gates: probabilities and values, Units; sizes of model.unit_sizes."""
     head, ffn = (p.cpu().double().round(decimals=4).tolist() for p in prob)
     return {
         "expected_sparsity": masks.sparsity(prob, *sizes).item(),
@@ -570,15 +583,14 @@ def gate_numbers(prob, z, sizes):
 
 
 def summary(net, args, data, parent, prob, structure):
-    """What result.json says of the final network: test scores, gates, size and time beside the dense one's.
+    """What result.json says of the final network: scores, gates, size beside the dense one's.
 
     prob: probabilities of the gates, structure: what was kept, both Units; the rest as in `train`.
     """
     label, dense = data.test.label, dense_network(args, data, parent)
-    ids, _ = data.test.batch(np.arange(min(32, len(label))), args.device)
-    slow, fast = latency_ms([dense, net], ids)
+    scores = evaluate(net, data.test, None, args.device)
     return {
-        **{f"test_{name}": score for name, score in evaluate(net, data.test, None, args.device).items()},
+        **{f"test_{name}": score for name, score in scores.items()},
         "test_majority": np.bincount(label).max().item() / len(label),
         "label_order": data.labels["target"],
         "target_sparsity": args.sparsity,
@@ -588,9 +600,6 @@ def summary(net, args, data, parent, prob, structure):
         "ffn_kept": structure.ffn.int().tolist(),
         "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in net.parameters()),
-        "latency_dense_ms": slow,
-        "latency_pruned_ms": fast,
-        "speedup": slow / fast,
         "data": data.record,
         "notes": data.notes,
         "seed": args.seed,
@@ -599,27 +608,21 @@ def summary(net, args, data, parent, prob, structure):
     }
 
 
-@torch.no_grad()
-def latency_ms(nets, ids, repeats=20):
-    """Median milliseconds of a forward pass of ids (B, T), for each network; the networks take turns."""
-    seconds = [[timeit(lambda: net(ids, "target").cpu(), number=1) for net in nets] for _ in range(repeats)]
-    return [1000 * statistics.median(of_one) for of_one in zip(*seconds)]
-
-
 def report(r):
     """Print what a reader of r, the dict in result.json, would look for first."""
     print(f"test accuracy {r['test_accuracy']:.3f}   macro-F1 {r['test_macro_f1']:.3f}   "
-          f"validation accuracy {r['validation_accuracy']:.3f}   (majority class {r['test_majority']:.3f})")
-    print(f"sparsity delivered {r['delivered_sparsity']:.3f}, requested {r['target_sparsity']:.3f}; "
+          f"validation accuracy {r['validation_accuracy']:.3f}   "
+          f"(majority class {r['test_majority']:.3f})")
+    delivered, requested = r["delivered_sparsity"], r["target_sparsity"]
+    print(f"sparsity delivered {delivered:.3f}, requested {requested:.3f}; "
           f"{r['params_pruned']:,} of {r['params_dense']:,} parameters left")
     if "accuracy_before_cut" in r:
         before, after = r["accuracy_before_cut"]["test"], r["accuracy_after_cut"]["test"]
         print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
     for i, (heads, ffn) in enumerate(zip(r["heads_kept"], r["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    print(f"{r['latency_dense_ms']:.2f} ms -> {r['latency_pruned_ms']:.2f} ms for up to 32 texts, "
-          f"{r['speedup']:.1f} times faster; training took {r['seconds']:.0f} s")
-    say(f"result.json, history.jsonl and pruned.pt are in {r['args']['out_dir']}/")
+    say(f"training took {r['seconds']:.0f} s; pruned.pt, result.json and history.jsonl are in "
+        f"{r['args']['out_dir']}/")
 
 
 # ----------------------------------------------------------------------------- several seeds
@@ -628,10 +631,12 @@ def report(r):
 def compare(args):
     """Run every seed with transfer and without; print means, 95 % intervals and what transfer adds.
 
-    Returns {"transfer": results in order of seed, "no_transfer": the same}. With --resume finished runs are
-    not made again.
+    Returns {"transfer": results in order of seed, "no_transfer": the same}. With --resume finished
+    runs are not made again.
     """
-    weights = {"transfer": args.aux_weight, "no_transfer": 0.0} if args.aux_weight else {"no_transfer": 0.0}
+    weights = {"no_transfer": 0.0}
+    if args.aux_weight:
+        weights = {"transfer": args.aux_weight, "no_transfer": 0.0}
     results = {name: [] for name in weights}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, aux_weight in weights.items():
@@ -640,20 +645,25 @@ def compare(args):
             changed = {"seed": seed, "aux_weight": aux_weight, "out_dir": out_dir}
             results[name].append(train(argparse.Namespace(**{**vars(args), **changed})))
     for split in ("validation", "test"):
-        points = {name: [100 * r[f"{split}_accuracy"] for r in runs] for name, runs in results.items()}
+        points = {}
+        for name, runs in results.items():
+            points[name] = [100 * result[f"{split}_accuracy"] for result in runs]
         if args.aux_weight:
-            points["gain, paired by seed"] = np.subtract(points["transfer"], points["no_transfer"]).tolist()
+            gains = np.subtract(points["transfer"], points["no_transfer"])
+            points["gain, paired by seed"] = gains.tolist()
         for name, values in points.items():
             mean, half = interval(values)
-            print(f"{split:10}  {name:20}  {mean:5.1f}, 95 % interval [{mean - half:.1f}, {mean + half:.1f}]")
+            print(f"{split:10}  {name:20}  {mean:5.1f}, "
+                  f"95 % interval [{mean - half:.1f}, {mean + half:.1f}]")
     return results
 
 
 def interval(values):
     """Mean and half-width of the 95 % t-interval of independent values (nan for a single one)."""
-    t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+    t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # 1 to 7 degrees of freedom
+    t975 += (2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 degrees of freedom a little too wide
+    t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 a little too wide
     return statistics.mean(values), t * deviation / len(values) ** 0.5
 
 
@@ -678,17 +688,14 @@ def main():
             compare(args)
         else:
             report(train(args))
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of this program; torch says so, too, where there is too little memory
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{last_checkpoint(args)}", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # torch's way to say that the CPU has too little memory
-            raise
-        print("error: out of memory", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

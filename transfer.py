@@ -1,14 +1,16 @@
-"""Two tasks: what they say, and how the auxiliary one may teach the network that is pruned for the other.
+"""Two tasks: what they say, and how the auxiliary one may teach the network that is pruned for the
+other.
 
-First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what), `couple`
-(how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or a data set of the
-hub, and `prepare` turns a target and an auxiliary task into token ids, takes the limited training subset and
-drops auxiliary examples that would leak. Last, the order of the batches.
+First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what),
+`couple` (how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or
+a data set of the hub, and `prepare` turns a target and an auxiliary task into token ids, takes the
+limited training subset and drops auxiliary examples that would leak. Last, the order of the
+batches.
 
-A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one such
-file, a train split; or a name on the hub. Texts are strings in column `text`, labels strings, integers or
-booleans in column `label`, unless other columns are named. Nothing is guessed: what does not fit is refused
-with its row.
+A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one
+such file, a train split; or a name on the hub. Texts are strings in column `text`, labels strings,
+integers or booleans in column `label`, unless other columns are named. Nothing is guessed: what
+does not fit is refused with its row.
 
 Left out on purpose: more than two tasks, tasks that are not classification.
 """
@@ -33,16 +35,16 @@ from model import CLS, PAD, SPECIAL, UNK, normalise, tokenize, word_pieces, word
 
 
 def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
-    """When: weight of the auxiliary loss, `aux_weight` for transfer_start <= step < transfer_stop, else 0."""
+    """When: weight of the auxiliary loss: `aux_weight` from start to stop (excluded), else 0."""
     return aux_weight if transfer_start <= step < transfer_stop else 0.0
 
 
 def transferred(parameters, transfer):
     """What: the parameters that the auxiliary gradient may touch, by the value of --transfer.
 
-    parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of them. The
-    auxiliary classifier always learns (and counts in the norm by which the weights' gradient is clipped). To
-    share only some layers, test the name here.
+    parameters: name -> parameter of the network and, as "log_alpha", of the gates; returns some of
+    them. The auxiliary classifier always learns (and counts in the norm by which the weights'
+    gradient is clipped). To share only some layers, test the name here.
     """
     shared = {}
     for name, p in parameters.items():
@@ -59,12 +61,13 @@ def transferred(parameters, transfer):
 def couple(g_target, g_aux, coupling):
     """How: combine two gradients, each name -> tensor, into the update direction.
 
-    "sum" adds them. "project" first removes from g_aux its component against g_target if their inner product
-    is negative: to first order, and before the optimizer rescales it, what is left does not harm the target.
-    One inner product over all that both gradients touch; what only one of them touches passes unchanged.
-    Auxiliary Task Update Decomposition (Dery et al. 2021) weights three parts of g_aux by eta: orthogonal to
-    g_target, along it, and against it. "sum" is eta = (1, 1, 1); "project", with g_target as the only basis
-    vector, is (1, 1, 0), a one-sided form of the projection of Yu et al. 2020.
+    "sum" adds them. "project" first removes from g_aux its component against g_target if their
+    inner product is negative: to first order, and before the optimizer rescales it, what is left
+    does not harm the target. One inner product over all that both gradients touch; what only one of
+    them touches passes unchanged. Auxiliary Task Update Decomposition (Dery et al. 2021) weights
+    three parts of g_aux by eta: orthogonal to g_target, along it, and against it. "sum" is eta =
+    (1, 1, 1); "project", with g_target as the only basis vector, is (1, 1, 0), a one-sided form of
+    the projection of Yu et al. 2020.
     """
     update = {**g_target, **g_aux}
     both = [name for name in g_aux if name in g_target]
@@ -82,38 +85,41 @@ def couple(g_target, g_aux, coupling):
 # ----------------------------------------------------------------------------- the built-in task
 
 NOUNS = {
-    "restaurant": """soup waiter dessert pasta service steak wine bread salad chef kitchen curry pizza menu
-        table coffee fish sauce cook breakfast lunch dinner cake burger rice""",
-    "film": """plot actor script director ending dialogue music camera cast comedy hero villain scene sequel
-        drama editing story heroine opening thriller costume soundtrack acting finale romance""",
+    "restaurant": """soup waiter dessert pasta service steak wine bread salad chef kitchen curry
+        pizza menu table coffee fish sauce cook breakfast lunch dinner cake burger rice""",
+    "film": """plot actor script director ending dialogue music camera cast comedy hero villain
+        scene sequel drama editing story heroine opening thriller costume soundtrack acting finale
+        romance""",
 }
 PRAISE = {
     "restaurant": "fresh crispy juicy tender tasty delicious fragrant creamy",
     "film": "gripping suspenseful well-acted witty hilarious touching thrilling cinematic",
-    "shared": """good great fine superb splendid lovely wonderful excellent perfect brilliant amazing awesome
-        fantastic terrific fabulous marvellous magnificent outstanding exceptional remarkable impressive
-        stunning delightful charming pleasant enjoyable agreeable likeable admirable commendable praiseworthy
-        exquisite elegant graceful refined polished stylish classy tasteful beautiful gorgeous attractive
-        appealing inviting engaging captivating enchanting fascinating refreshing original inventive
-        imaginative creative clever smart ingenious skilful masterful accomplished competent capable reliable
-        dependable solid sound strong robust honest sincere genuine authentic warm friendly kind gentle
-        generous thoughtful considerate attentive careful precise flawless faultless impeccable immaculate
-        sublime divine heavenly glorious dazzling radiant vibrant lively cheerful joyful uplifting inspiring
+    "shared": """good great fine superb splendid lovely wonderful excellent perfect brilliant
+        amazing awesome fantastic terrific fabulous marvellous magnificent outstanding exceptional
+        remarkable impressive stunning delightful charming pleasant enjoyable agreeable likeable
+        admirable commendable praiseworthy exquisite elegant graceful refined polished stylish
+        classy tasteful beautiful gorgeous attractive appealing inviting engaging captivating
+        enchanting fascinating refreshing original inventive imaginative creative clever smart
+        ingenious skilful masterful accomplished competent capable reliable dependable solid sound
+        strong robust honest sincere genuine authentic warm friendly kind gentle generous thoughtful
+        considerate attentive careful precise flawless faultless impeccable immaculate sublime
+        divine heavenly glorious dazzling radiant vibrant lively cheerful joyful uplifting inspiring
         memorable unforgettable satisfying rewarding worthwhile valuable welcome decent""",
 }
 BLAME = {
     "restaurant": "stale soggy bland greasy burnt undercooked rancid tasteless",
     "film": "clichéd predictable far-fetched humourless overlong wooden melodramatic plotless",
-    "shared": """bad poor awful terrible horrible dreadful dire lousy rotten atrocious abysmal appalling
-        disgusting revolting repulsive nasty unpleasant disagreeable annoying irritating infuriating maddening
-        tiresome tedious boring dull dreary monotonous lifeless flat weak feeble flimsy shoddy sloppy careless
-        clumsy awkward inept incompetent amateurish crude coarse vulgar tacky cheap ugly hideous unsightly
-        repellent offensive insulting rude arrogant hostile cold unfriendly mean cruel heartless insincere
-        dishonest fake phony pretentious pompous shallow empty hollow pointless useless worthless hopeless
-        pathetic pitiful miserable depressing dismal gloomy bleak grim disappointing unsatisfying
-        underwhelming mediocre inferior substandard deficient defective faulty flawed messy chaotic confusing
-        incoherent unbearable intolerable insufferable forgettable regrettable lamentable deplorable
-        disastrous catastrophic ridiculous absurd""",
+    "shared": """bad poor awful terrible horrible dreadful dire lousy rotten atrocious abysmal
+        appalling disgusting revolting repulsive nasty unpleasant disagreeable annoying irritating
+        infuriating maddening tiresome tedious boring dull dreary monotonous lifeless flat weak
+        feeble flimsy shoddy sloppy careless clumsy awkward inept incompetent amateurish crude
+        coarse vulgar tacky cheap ugly hideous unsightly repellent offensive insulting rude arrogant
+        hostile cold unfriendly mean cruel heartless insincere dishonest fake phony pretentious
+        pompous shallow empty hollow pointless useless worthless hopeless pathetic pitiful miserable
+        depressing dismal gloomy bleak grim disappointing unsatisfying underwhelming mediocre
+        inferior substandard deficient defective faulty flawed messy chaotic confusing incoherent
+        unbearable intolerable insufferable forgettable regrettable lamentable deplorable disastrous
+        catastrophic ridiculous absurd""",
 }
 
 
@@ -124,13 +130,15 @@ def review(rng, domain):
         negated = rng.random() < 0.3
         adjectives = PRAISE if positive != negated else BLAME
         opinion = rng.choice(adjectives[domain if rng.random() < 0.15 else "shared"].split())
-        verb = rng.choice(["was not", "wasn't", "was hardly"] if negated else ["was", "was very", "seemed"])
+        verbs = ["was not", "wasn't", "was hardly"] if negated else ["was", "was very", "seemed"]
+        verb = rng.choice(verbs)
         return f"the {rng.choice(NOUNS[domain].split())} {verb} {opinion}"
 
     positive = rng.random() < 0.5
     text = clause(positive)
-    if rng.random() < 0.5:  # contrast: the other clause says the opposite, and the main clause decides
-        other = f"{rng.choice(['although', 'though', 'even though', 'while'])} {clause(not positive)}"
+    if rng.random() < 0.5:  # contrast: the other clause says the opposite; the main clause decides
+        conjunction = rng.choice(["although", "though", "even though", "while"])
+        other = f"{conjunction} {clause(not positive)}"
         text = rng.choice([f"{other}, {text}", f"{text}, {other}"])
     return text, "positive" if positive else "negative"
 
@@ -187,8 +195,8 @@ def csv_rows(file):
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{place}: not {len(header)} cells, as in the header: they are separated by "
-                                 "commas (not ; or tabs), and texts with commas need quotes")
+                raise InputError(f"{place}: not {len(header)} cells, as in the header: are they "
+                                 "separated by commas, and texts with commas quoted?")
             if list(row.values()) == header:
                 raise InputError(f"{place}: the header once more")
             yield place, row
@@ -216,7 +224,7 @@ def built_in(spec):
     """The splits of a built-in task: split -> its (place, row) pairs; the place is for messages."""
     domain = spec.removeprefix("reviews:")
     if domain not in NOUNS:
-        raise InputError(f"the built-in tasks are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
+        raise InputError(f"built in are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
     found = {}
     for split, pairs in reviews(domain).items():
         found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
@@ -224,11 +232,12 @@ def built_in(spec):
 
 
 def from_files(spec):
-    """The same for a file, which is a train split, or a folder; its files of other names come under these."""
+    """The same for a file, a train split, or a folder; its files of other names come as these."""
     path, found = Path(spec), {}
-    files = [("train", path)] if path.is_file() else [(file.stem, file) for file in sorted(path.iterdir())]
-    for name, file in files:
-        split = name if name in SPLITS else file.name
+    if path.is_file() and path.suffix in READERS:
+        return {"train": READERS[path.suffix](path)}
+    for file in sorted(path.glob("*.*")):
+        split = file.stem if file.stem in SPLITS else file.name
         if file.suffix in READERS:
             if split in found:
                 raise InputError(f"{spec} has two files for one split: {split}")
@@ -240,7 +249,7 @@ def from_hub(spec):
     """The same for owner/name or owner/name:config on the hub; classes are given by their names."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or Path(spec).suffix in READERS:
         raise InputError(f"no such file or folder: {spec!r}")
-    import datasets  # here, not above: importing it takes longer than the built-in task takes to load
+    import datasets  # here, not above: importing it takes seconds
 
     name, _, config = spec.partition(":")
     try:
@@ -252,7 +261,8 @@ def from_hub(spec):
     def rows_of(split):
         for number, row in enumerate(loaded[split], 1):
             for column, feature in loaded[split].features.items():
-                if isinstance(feature, datasets.ClassLabel) and row[column] not in (-1, None):  # no label
+                is_class = isinstance(feature, datasets.ClassLabel)
+                if is_class and row[column] not in (-1, None):  # these say that there is no label
                     row[column] = feature.int2str(row[column])
             yield f"{split} of {spec}, row {number}", row
 
@@ -262,8 +272,9 @@ def from_hub(spec):
 def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     """A task as it is: split -> list of (tuple of texts, class name), and notes. Raises InputError.
 
-    spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages then name
-    --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has none, and is not read.
+    spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages
+    then name --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has
+    none, and is not read.
     """
     if spec.startswith("reviews:"):
         found = built_in(spec)
@@ -276,7 +287,8 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     splits = {}
     for split in [split for split in wanted if split in found]:
-        pairs = [example(place, row, text_columns, label_column, flag) for place, row in found[split]]
+        columns = (text_columns, label_column, flag)
+        pairs = [example(place, row, *columns) for place, row in found[split]]
         if not pairs:
             raise InputError(f"{split} of {spec} is empty")
         if split != "train" and {name for _, name in pairs} == {"-1"}:
@@ -287,24 +299,24 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
 
 
 def example(place, row, text_columns, label_column, flag):
-    """The texts, a tuple of strings, and the class name of a row. Raises InputError for anything else."""
+    """The texts, a tuple of strings, and the class name of a row. Raises InputError."""
     if not isinstance(row, dict):
         raise InputError(f'{place}: not an object like {{"text": "...", "label": "..."}}')
     columns = (*text_columns, label_column)
     if label_column in text_columns or not all(column in row for column in columns):
-        raise InputError(f"{place} has columns {', '.join(row)[:200]}, and not {', '.join(columns)}: "
-                         f"name the right ones with --{flag}text_columns and --{flag}label_column")
+        raise InputError(f"{place} has columns {', '.join(row)[:200]}, not {', '.join(columns)}: "
+                         f"name them with --{flag}text_columns and --{flag}label_column")
     texts, label = tuple(row[column] for column in text_columns), row[label_column]
     if isinstance(label, int):
         label = str(label).lower()  # a boolean as JSON writes it: true
     for cell in (*texts, label):
         if not isinstance(cell, str) or not cell.strip():
-            raise InputError(f"{place}: a text is a string, a label a string, an integer or a boolean, "
-                             f"and neither is empty: not {cell!r:.40}")
+            raise InputError(f"{place}: a text is a string, a label a string, an integer or a "
+                             f"boolean, and neither is empty: not {cell!r:.40}")
     return texts, unicodedata.normalize("NFC", label.strip())
 
 
-# ----------------------------------------------------------------------------- from rows to examples
+# ---------------------------------------------------------------------------- from rows to examples
 
 
 class Row(NamedTuple):
@@ -324,7 +336,7 @@ class Examples(NamedTuple):
     label: np.ndarray  # (N,) class ids
 
     def batch(self, index, device="cpu"):
-        """ids (B, T), padded to the longest of these texts, and labels (B,), for an integer array (B,)."""
+        """ids (B, T), padded to the longest text, and labels (B,). index: an integer array (B,)."""
         texts = [torch.from_numpy(self.ids[i]) for i in index]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
         return ids.long().to(device), torch.from_numpy(self.label[index]).to(device)
@@ -345,24 +357,27 @@ class Data(NamedTuple):
 
 def hash64(text):
     """A number of 64 bits for a string, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def tokenized(pairs, tokenizer, max_length, bert, known):
-    """Rows for (texts, class name) pairs; new tokens join the dict `known`, which keeps their order."""
+    """Rows for (texts, class name) pairs; new tokens join the dict `known`, in their order."""
     rows = []
     for texts, name in pairs:
         tokens, cut = tokenize(texts, tokenizer, max_length, bert)
         for token in tokens:
             known.setdefault(token, len(known))
-        rows.append(Row(texts, name, tokens, cut, hash64("\n".join(normalise(text) for text in texts))))
+        key = hash64("\n".join(normalise(text) for text in texts))
+        rows.append(Row(texts, name, tokens, cut, key))
     return rows
 
 
 def held_out(keys):
-    """About a tenth, at most a fifth, of the hashes of texts (a list): a set of those not to train on.
+    """About a tenth, at most a fifth, of the hashes of texts (a list): a set, not to train on.
 
-    Distinct texts in order of hash, duplicates together; a text with too many duplicates is passed over.
+    Distinct texts in order of hash, duplicates together; a text with too many duplicates is passed
+    over.
     """
     chosen, taken = set(), 0
     for key, count in sorted(Counter(keys).items()):
@@ -373,7 +388,7 @@ def held_out(keys):
 
 
 def complete(splits):
-    """All three splits of a target: of train a tenth each for test and validation, where there is none."""
+    """All three splits of a target: test and validation a tenth of train each, if missing."""
     splits = dict(splits)
     for split in ("test", "validation"):
         if split not in splits:
@@ -382,16 +397,17 @@ def complete(splits):
             splits[split] = [row for row in train if row.key in held]
             splits["train"] = [row for row in train if row.key not in held]
             if not splits[split] or not splits["train"]:
-                raise InputError(f"too few different texts in train to take a {split} split from them: "
+                raise InputError(f"too few different texts in train to take a {split} split from: "
                                  "are the columns of texts and labels swapped?")
     return splits
 
 
 def limited_subset(label, n, seed):
-    """Boolean mask (N,) of n examples, None = all: seeded, stratified, and nested (100 are among 200).
+    """Boolean mask (N,) of n examples, None = all: seeded, stratified, nested (100 in 200).
 
-    In random order within its class, example k of a class of m has its turn at k / m: classes come about in
-    proportion to their frequency, and each once before any comes twice (rare ones are rounded up).
+    In random order within its class, example k of a class of m has its turn at k / m: classes come
+    about in proportion to their frequency, and each once before any comes twice (rare ones are
+    rounded up).
     """
     rng = np.random.default_rng(seed)
     turn = np.empty(len(label))
@@ -404,19 +420,19 @@ def limited_subset(label, n, seed):
 def limited(train, n_target, seed):
     """The Rows of `limited_subset`, 0 = all. Raises InputError if there are not as many."""
     if n_target == 1 or n_target > len(train):
-        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not held out "
-                         "take 2 or more, or 0 for all")
+        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not "
+                         "held out take 2 or more, or 0 for all")
     chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
     return [row for row, is_chosen in zip(train, chosen) if is_chosen]
 
 
 def choose_vocab(train, aux, known, vocab_size, always):
-    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then the
-    auxiliary task's by frequency: they fill what is left and take the place of no other.
+    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then
+    the auxiliary task's by frequency: they fill what is left and take the place of no other.
 
-    train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between equally
-    frequent ones. At most vocab_size tokens, unless SPECIAL, the target's first vocab_size - 3 and those in
-    `always` are more: these all stay.
+    train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between
+    equally frequent ones. At most vocab_size tokens, unless SPECIAL, the target's first vocab_size
+    - 3 and those in `always` are more: these all stay.
     """
 
     def by_frequency(rows):
@@ -430,7 +446,7 @@ def choose_vocab(train, aux, known, vocab_size, always):
 
 
 def encoded(rows, names, vocab, max_length, bert):
-    """Examples from Rows. A BERT reads a word whose pieces are not all in the vocabulary in smaller ones."""
+    """Examples from Rows. A BERT reads a word whose pieces are not all in vocab in smaller ones."""
     token_id = {token: i for i, token in enumerate(vocab)}
     class_id = {name: i for i, name in enumerate(names)}
     tokenizer, ids = word_pieces(vocab), []
@@ -455,37 +471,34 @@ def data_notes(splits, names, unknown):
     name, n = Counter(row.name for row in test).most_common(1)[0]
     most = n / len(test)
     few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
-    n_rows = sum(len(rows) for rows in splits.values())
     found = [
-        (len(names) > n_rows / 2, f"{len(names)} classes of {n_rows} examples: are columns swapped?"),
-        (absent, f"{len(absent)} of {len(names)} classes have no training example: {', '.join(absent)[:60]}"),
-        ("-1" in names, "a class is called -1, which many data sets write for a label that is not known"),
+        (absent, f"{len(absent)} classes have no training example: {', '.join(absent)[:60]}"),
         (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
         (twice, f"{twice} texts occur with more than one label"),
         (again, f"{again} of the test texts also occur among the training examples"),
         (cut > 0.1, f"{cut:.0%} of the training texts are longer than max_length and were cut"),
         (few, f"only {' and '.join(few)} texts: accuracies are uncertain"),
         (most > 0.9, f"{most:.1%} of the test texts are of class {name[:40]}: see macro-F1"),
-        (unknown > 0.5, f"{unknown:.0%} of the words in test are unknown: are there spaces between them?"),
+        (unknown > 0.5, f"{unknown:.0%} of the words in test are unknown: has it spaces between?"),
     ]
     return [line for holds, line in found if holds]
 
 
 def about(task, splits, names, read):
-    """What is recorded of a task, a tuple as for `prepare`; examples and labels are those that are used.
+    """What is recorded of a task, a tuple as for `prepare`: of the examples that are used.
 
-    splits: split -> list of Rows; read: names of the splits that were read, not taken from train. Raises
-    InputError if there is nothing to learn.
+    splits: split -> list of Rows; read: names of the splits that were read, not taken from train.
+    Raises InputError if there is nothing to learn.
     """
     spec, text_columns, label_column = task
     count = Counter(row.name for row in splits["train"])
     if len(count) < 2:
-        raise InputError(f"{spec} has fewer than two classes to train on, in texts that are not held out")
+        raise InputError(f"{spec} has fewer than two classes to train on, but for held-out texts")
     first = splits["train"][0]
     return {
         "text_columns": text_columns,
         "label_column": label_column,
-        "splits": {split: spec if split in read else "a tenth of train, by hash" for split in splits},
+        "splits": {name: spec if name in read else "a tenth of train, by hash" for name in splits},
         "examples": {split: len(rows) for split, rows in splits.items()},
         "labels": {name: count[name] for name in names},
         "first": [*first.texts, first.name],
@@ -493,13 +506,13 @@ def about(task, splits, names, read):
 
 
 def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None):
-    """Load both tasks and return a Data: the limited training subset, and one vocabulary. Raises InputError.
+    """Both tasks as a Data: the limited training subset, one vocabulary. Raises InputError.
 
-    target, aux: (spec, list of text columns, label column); aux None = no auxiliary task. n_target: target
-    examples to train on, 0 = all. vocab_size: None = 10,000, of a BERT all pieces. parent: a network to start
-    from, whose tokenizer is used and whose words stay known; of a BERT those stay that occur in training, and
-    every single character.
-    Auxiliary examples whose text also occurs in the target's validation or test split are dropped.
+    target, aux: (spec, list of text columns, label column); aux None = no auxiliary task. n_target:
+    target examples to train on, 0 = all. vocab_size: None = 10,000, of a BERT all pieces. parent: a
+    network to start from, whose tokenizer is used and whose words stay known; of a BERT those stay
+    that occur in training, and every single character. Auxiliary examples whose text also occurs in
+    the target's validation or test split are dropped.
     """
     tokenizer, bert, always = words, False, []
     if parent:
@@ -510,12 +523,15 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
 
     # the target, and the examples to train on
     pairs, notes = read_task(*target)
-    splits = complete({name: tokenized(pairs[name], tokenizer, max_length, bert, known) for name in pairs})
+    splits = {}
+    for name in pairs:
+        splits[name] = tokenized(pairs[name], tokenizer, max_length, bert, known)
+    splits = complete(splits)
     notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
     train, splits["train"] = splits["train"], limited(splits["train"], n_target, seed)
     if len(splits["train"]) < len(train):
-        notes.append(f"{n_target} of {len(train)} training examples are used: --n_target 0 takes all")
+        notes.append(f"{n_target} of {len(train)} training examples are used; all: --n_target 0")
     record = {"target": about(target, splits, names["target"], pairs)}
 
     # the auxiliary task, without what is held out of the target
@@ -526,16 +542,16 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
         held = {row.key for name in ("validation", "test") for row in splits[name]}
         auxiliary = [row for row in rows if row.key not in held]
         n_dropped = len(rows) - len(auxiliary)
-        notes += [*more, f"dropped {n_dropped} auxiliary examples found in the target's held-out data"]
+        notes += [*more, f"auxiliary texts dropped, because they are held out: {n_dropped}"]
         names["auxiliary"] = sorted({row.name for row in rows})
-        if len(names["auxiliary"]) > len(rows) / 2:
-            notes.append(f"{len(names['auxiliary'])} classes of {len(rows)} examples: are columns swapped?")
         record["auxiliary"] = about(aux, {"train": auxiliary}, names["auxiliary"], pairs)
 
     # one vocabulary, and ids instead of words
     vocab_size = vocab_size or (10**9 if bert else 10_000)
     vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
-    found = {name: encoded(rows, names["target"], vocab, max_length, bert) for name, rows in splits.items()}
+    found = {}
+    for name, rows in splits.items():
+        found[name] = encoded(rows, names["target"], vocab, max_length, bert)
     found["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert) if aux else None
     ids = {name: np.concatenate(found[name].ids) for name in ("train", "test")}
     record["unknown"] = {name: (ids[name] == UNK).mean().item() for name in ids}
@@ -544,11 +560,11 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
 
 
 def epoch_order(length, batch_size, rng):
-    """A random order (N,) of N texts in which neighbours have similar lengths: batches need little padding.
+    """A random order (N,) of N texts in which neighbours have similar lengths, for little padding.
 
-    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches shuffled.
-    With few texts pools are smaller, an eighth of the texts but never less than a batch: in one pool for all,
-    the same few of similar length would meet in every epoch.
+    length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches
+    shuffled. With few texts pools are smaller, an eighth of the texts but never less than a batch:
+    in one pool for all, the same few of similar length would meet in every epoch.
     """
     order = rng.permutation(len(length))
     pool_size = batch_size * max(1, min(16, len(order) // (8 * batch_size)))
@@ -560,10 +576,10 @@ def epoch_order(length, batch_size, rng):
 
 
 def batch_order(examples, batch_size, seed):
-    """A function from a step to the indices (batch_size,) of its examples: one shuffled epoch after another.
+    """A function from a step to the indices (batch_size,) of its examples, epoch after epoch.
 
-    The indices are a pure function of (step, seed): the order of one task cannot depend on the other task,
-    and a run that is resumed needs no state to go on.
+    The indices are a pure function of (step, seed): the order of one task cannot depend on the
+    other task, and a run that is resumed needs no state to go on.
     """
     length = np.array([len(ids) for ids in examples.ids])
 

@@ -51,7 +51,7 @@ def same(a, b):
     """The same result, but for times and flags that do not matter, the same history and the same
     weights."""
     one, other = (json.loads((folder / "result.json").read_text()) for folder in (a, b))
-    for name in ("seconds", "latency_dense_ms", "latency_pruned_ms", "speedup", "args"):
+    for name in ("seconds", "args"):
         assert one.pop(name) and other.pop(name)
     return one == other and history(a) == history(b) and equal(weights(a), weights(b))
 
@@ -221,13 +221,13 @@ def test_resume_refuses_another_run_and_returns_a_finished_one(tmp_path):
 
     def refuses_all_others():
         for name, value in (("lr", 0.5), ("seed", 1)):
-            with pytest.raises(InputError, match=f"holds a run with {name} .*, not {value}"):
+            with pytest.raises(InputError, match=f"holds a run with {name} "):
                 run(out, *flags, "--resume", f"--{name}", value, every=10)
         for path, changed in changes.items():
             before, times = path.read_bytes(), path.stat()
             path.write_bytes(changed)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-            with pytest.raises(InputError, match="holds a run on other data, from another parent or structure"):
+            with pytest.raises(InputError, match="holds a run on other data, parent or structure"):
                 run(out, *flags, "--resume", every=10)
             path.write_bytes(before)
 
@@ -338,8 +338,8 @@ BAD = [(f"--{name} {value}", f"argument --{name}: {value} is not between") for n
 BAD += [
     ("--steps ten", "--steps: invalid int value: 'ten'"), ("--steps", "--steps: expected one argument"),
     ("--coupling add", "--coupling: invalid choice: 'add'"), ("--aux_wei 1", "unrecognized arguments: --aux"),
-    ("--sparsity 0.98", "0.98: gates reach 0.96"), ("--n_layer 1 --n_head 1", "no room for a single"),
-    ("--d_model 30", "d_model 30 is not divisible by n_head 4"), ("--sparsity 0 --steps 20", "finetune_steps"),
+    ("--sparsity 0.98", "gates reach at most 0.96"), ("--n_layer 1 --n_head 1", "no room for a single"),
+    ("--d_model 30", "d_model 30 is no multiple"), ("--sparsity 0 --steps 20", "finetune_steps"),
     ("--steps 1500", "pruning needs 1142 steps"), ("--gate_lr 0.001", "pruning needs 21300 steps"),
     ("--n_target 7000", "n_target 7000: of 400"), ("--n_target 1", "n_target 1: of 400"),
     ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),

@@ -310,7 +310,7 @@ def test_predict_asks_for_a_list_of_as_many_texts_as_the_network_was_trained_on(
     assert single.predict(["w1 w2", "w5"]) == [single.labels["target"][i] for i in p.argmax(1)[[0, 2]]]
     assert single.predict([]) == [] and len(pair.predict([("w1", "w2")])) == 1
     for net, asked in ((single, [("w1", "w2")]), (pair, ["w1"]), (pair, [("w1", "w2"), ("a", "b", "c")])):
-        with pytest.raises(ValueError, match=rf"text {len(asked)} has \d parts, and the network reads"):
+        with pytest.raises(ValueError, match=rf"text {len(asked)} has \d parts, the network reads"):
             net.predict(asked)
     for wrong in ("w1", ("w1",) * 300, None, ["w1", None], [3], [["w1"]], [("w1", 3)]):
         with pytest.raises(TypeError, match="text"):
@@ -370,7 +370,7 @@ def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_
     for name, texts, reason in (
         ("none.pt", b"a", "none.pt is missing, or not a network"),
         ("foreign.pt", b"a", "foreign.pt is missing, or not a network"),
-        ("old.pt", b"a", "earlier version of this program: make it again"),
+        ("old.pt", b"a", "earlier version: make it again"),
         ("single.pt", b"\xff\xfe", "utf-8"),
         ("single.pt", b"w1\nw1\tw2", "text 2 has 2 parts"),
         ("pair.pt", b"w1\tw2\nw1", "text 2 has 1 parts"),

@@ -422,7 +422,7 @@ def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_p
     read = data(target, tmp_path / "a", max_length=3)
     kept = [f"sentence number {i}" for i in (*range(10, 20), *range(30, 50), 23)]
     assert texts_of(read.aux, read.vocab) == kept
-    assert "dropped 11 auxiliary examples found in the target's held-out data" in read.notes
+    assert "auxiliary texts dropped, because they are held out: 11" in read.notes
 
 
 def test_a_pair_is_held_out_as_a_pair_whatever_its_words_are_when_joined(tmp_path):
@@ -502,14 +502,9 @@ def test_of_a_berts_vocabulary_stays_what_occurs_in_training_and_single_characte
     assert texts_of(read.test, read.vocab)[0] == "[CLS] a z ##e ##b ##r ##a [UNK] sentence 7 [SEP]"
 
 
-def test_swapped_columns_have_a_note_for_both_tasks(tmp_path):
-    rows = [{"text": row["label"], "label": row["text"]} for row in sentences(60)]
-    for split, part in (("train", rows[:40]), ("validation", rows[40:50]), ("test", rows[50:])):
-        write(tmp_path / "t", f"{split}.jsonl", part)
-    write(tmp_path / "a", "train.jsonl", [{**row, "text": f"{row['text']} {i}"} for i, row in enumerate(rows)])
-    notes = data(tmp_path / "t", tmp_path / "a", n_target=20).notes
-    assert sum(note.endswith("examples: are columns swapped?") for note in notes) == 2
-    assert "20 of 40 training examples are used: --n_target 0 takes all" in notes
+def test_a_part_of_the_training_examples_has_a_note(tmp_path):
+    notes = data(small_task(tmp_path / "t", train=40, validation=5, test=5), n_target=20).notes
+    assert "20 of 40 training examples are used; all: --n_target 0" in notes
 
 
 def test_of_an_auxiliary_task_only_train_is_read(tmp_path):
@@ -545,8 +540,8 @@ def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
     assert notes() == []
     no = [{"text": f"SENTENCE  number {i} of many", "label": "no"} for i in (0, 2, 2)]
     for expected, change in (
-        ("1 of 3 classes", {"test": test + [{"text": "sentence number 9", "label": "maybe"}]}),
-        ("30 of 32 classes", {"train": sentences(300, label=lambda i: f"{i % 30}"), "n_target": 2}),
+        ("1 classes have no training example", {"test": test + [{"text": "sentence number 9", "label": "maybe"}]}),
+        ("30 classes have no training example", {"train": sentences(300, label=lambda i: f"{i % 30}"), "n_target": 2}),
         ("3 of the test texts also occur", {"test": test + no}),
         ("100% of the training texts are longer than max_length", {"max_length": 4}),
         ("only 9 validation and 99 test", {"validation": test[:9], "test": test[:99]}),
