@@ -150,14 +150,12 @@ EVAL_EVERY = 100  # steps between two evaluations on the validation split, each 
 def train(args):
     """One run from data to network. Returns the dict in result.json. Raises InputError."""
     # ---- data, network, gates; whatever can be refused is refused before anything is written
-    check_device(args)
     parent = read_parent(args)
     args = with_shape(args, parent)
     check(args)
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     given = given_structure(args)  # None if gates learn it
     data = load(args, parent)
-    print_data(data)
     fingerprint = fingerprint_of(data, parent, given)
     torch.manual_seed(args.seed)  # not earlier: reading a parent draws random numbers
     net = dense_network(args, data, parent)
@@ -168,14 +166,12 @@ def train(args):
     optimizer = weight_optimizer(net, args.weight_decay)
     # a short memory, because the push of the controller changes its sign often
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
-    L, H = args.n_layer, args.n_head
-    structure = masks.Units(torch.ones(L, H), torch.ones(L))  # until it is chosen
-    out = Path(args.out_dir)
+    structure = gates.combine(torch.ones_like(gates.log_alpha))  # all units, until it is chosen
     first, history, cut, began = 0, [], {}, time.time()
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
-    saved = saved_run(args, fingerprint) if args.resume else None
+    saved = saved_run(args, fingerprint)
     if saved and "step" not in saved:
         return saved  # the result of a finished run
     if saved:
@@ -190,8 +186,6 @@ def train(args):
         controller.load_state_dict(saved["controller"])
         optimizer.load_state_dict(saved["optimizer"])
         gate_optimizer.load_state_dict(saved["gate_optimizer"])
-    else:
-        prepare_folder(out)
 
     # ---- schedule and batches
     finetune_start = args.steps - args.finetune_steps
@@ -204,9 +198,7 @@ def train(args):
 
     # ---- the loop; with a bar on a terminal
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None):
-        phase = "dense" if step < prune_start else "prune"
-        if step >= finetune_start:
-            phase = "finetune"
+        phase = phase_at(step, prune_start, finetune_start)
         if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
             cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
             structure = given or masks.select(gates.prob_open(), args.sparsity, *sizes)
@@ -217,8 +209,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
-        # when and what is transferred; what is minimised: the target's loss, the auxiliary loss,
-        # the penalty
+        # when and what is transferred; minimised are the losses of both tasks and the penalty
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
         window = (args.transfer_start, args.transfer_stop)
         aux_weight = transfer.aux_weight_at(step, args.aux_weight, *window)
@@ -231,8 +222,7 @@ def train(args):
             g_aux = gradients(aux_weight * loss_aux, shared)
             terms["smoothed_loss_aux"] = loss_aux.item()
 
-        # how: the gradients of the two tasks are coupled; the controller is no task, and is added
-        # afterwards
+        # how the gradients of the tasks are coupled; the controller is no task, and comes after
         update = transfer.couple(g_target, g_aux, args.coupling)
         prob = gates.prob_open() if at_work else structure
         terms["penalty"] = 0.0
@@ -258,8 +248,7 @@ def train(args):
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if at_work else None
             scores = evaluate(net, data.validation, z, args.device)
-            # losses ("smoothed": with label smoothing), penalty, lambda1 and prob_open are from
-            # before this step's update, as the controller saw them; z and the scores from after it
+            # terms and prob are from before the update, as the controller saw them; z is from after
             row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms}
             row |= gate_numbers(prob, z or structure, sizes)
             row |= {f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}
@@ -284,18 +273,14 @@ def train(args):
                 "optimizer": optimizer.state_dict(),
                 "gate_optimizer": gate_optimizer.state_dict(),
             }
-            save(lambda path: torch.save(checkpoint, path), out / "checkpoint.pt")
-            (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            save_checkpoint(checkpoint, args.out_dir)
 
     # ---- final report
     net.load_state_dict(best["weights"])
-    prob = gates.prob_open() if learned else structure
-    result = summary(net, args, data, parent, prob, structure) | cut
+    result = summary(net, args, data, parent, gates if learned else None, structure) | cut
     result |= {"validation_accuracy": best["score"][0], "fingerprint": fingerprint}
     result["seconds"] = time.time() - began
-    save(net.save, out / "pruned.pt")
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
+    save_result(result, net, args.out_dir)
     return result
 
 
@@ -304,6 +289,7 @@ def train(args):
 
 def read_parent(args):
     """The dense network that --init names, or None."""
+    check_device(args)
     if not args.init:
         return None
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
@@ -371,6 +357,7 @@ def load(args, parent=None):
         data.notes.append("no transfer: transfer_start is not before transfer_stop or steps")
     if parent and parent.config.bert and args.lr > 3e-4:
         data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets: try 1e-4")
+    print_data(data)
     return data
 
 
@@ -443,8 +430,12 @@ def fingerprint_of(data, parent, given):
 def saved_run(args, fingerprint):
     """What --resume finds: a checkpoint, else the result of a finished run, else None.
 
-    Raises InputError if it is of a run with other flags or one that read something else.
+    Raises InputError if it is of a run with other flags or one that read something else. Without
+    --resume the folder is emptied for a new run: it belongs to one.
     """
+    if not args.resume:
+        prepare_folder(Path(args.out_dir))
+        return None
     checkpoint, result = Path(args.out_dir, "checkpoint.pt"), Path(args.out_dir, "result.json")
     try:
         if checkpoint.exists():
@@ -453,6 +444,7 @@ def saved_run(args, fingerprint):
             saved = json.loads(result.read_text())
         else:
             say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
+            prepare_folder(Path(args.out_dir))
             return None
         flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
@@ -483,6 +475,20 @@ def save(write, path):
     os.replace(f"{path}.tmp", path)
 
 
+def save_checkpoint(checkpoint, out_dir):
+    """Write checkpoint.pt and history.jsonl."""
+    save(lambda path: torch.save(checkpoint, path), Path(out_dir, "checkpoint.pt"))
+    lines = [json.dumps(row) + "\n" for row in checkpoint["history"]]
+    Path(out_dir, "history.jsonl").write_text("".join(lines))
+
+
+def save_result(result, net, out_dir):
+    """Write pruned.pt and result.json, and remove the checkpoint."""
+    save(net.save, Path(out_dir, "pruned.pt"))
+    Path(out_dir, "result.json").write_text(json.dumps(result, indent=1))
+    Path(out_dir, "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
+
+
 # ----------------------------------------------------------------------------- one step
 
 WARMUP = 100  # steps in which the learning rate rises to its full value
@@ -494,6 +500,13 @@ class Task:
     def __init__(self, name, examples, args):
         self.name, self.examples = name, examples  # "target" or "auxiliary", as in net.classifier
         self.order = transfer.batch_order(examples, args.batch_size, noise_seed(args.seed, name, 0))
+
+
+def phase_at(step, prune_start, finetune_start):
+    """The phase of a run at `step`; gates are at work in "prune"."""
+    if step >= finetune_start:
+        return "finetune"
+    return "prune" if step >= prune_start else "dense"
 
 
 def lr_at(step, lr, finetune_start, steps):
@@ -582,11 +595,12 @@ def gate_numbers(prob, z, sizes):
     }
 
 
-def summary(net, args, data, parent, prob, structure):
+def summary(net, args, data, parent, gates, structure):
     """What result.json says of the final network: scores, gates, size beside the dense one's.
 
-    prob: probabilities of the gates, structure: what was kept, both Units; the rest as in `train`.
+    gates: None if they did not learn the structure, Units of zeros and ones. Rest as in `train`.
     """
+    prob = gates.prob_open() if gates else structure
     label, dense = data.test.label, dense_network(args, data, parent)
     scores = evaluate(net, data.test, None, args.device)
     return {

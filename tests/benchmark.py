@@ -105,7 +105,8 @@ def our_step(shape, pruning=True):
     optimizer = loop.weight_optimizer(net, args.weight_decay)
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
     target, auxiliary = (loop.Task(name, data.train, args) for name in ("target", "auxiliary"))
-    at_work, sizes, number = gates if pruning else None, model.unit_sizes(shape.d_model, shape.n_head), count()
+    sizes, number = model.unit_sizes(shape.d_model, shape.n_head), count()
+    at_work = gates if pruning else None
 
     def step():
         i = next(number)
@@ -157,7 +158,8 @@ def other_step(encode, parameters, shape):
 
 def torch_step(shape):
     kind = {"norm_first": not shape.bert, "activation": "gelu" if shape.bert else "relu"}
-    layer = nn.TransformerEncoderLayer(shape.d_model, shape.n_head, 4 * shape.d_model, batch_first=True, **kind)
+    sizes = (shape.d_model, shape.n_head, 4 * shape.d_model)
+    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **kind)
     stack = nn.TransformerEncoder(layer, shape.n_layer, enable_nested_tensor=False)
     word, position = (nn.Embedding(n, shape.d_model) for n in (shape.vocab, shape.tokens))
 
@@ -172,7 +174,7 @@ def bert_encoder(shape, training):
     """transformers' network of this shape: a function encode(ids, padding), and its parameters."""
     from transformers import BertConfig, BertModel
 
-    names = ["hidden_size", "num_hidden_layers", "max_position_embeddings", "num_attention_heads", "vocab_size"]
+    names = "hidden_size num_hidden_layers max_position_embeddings num_attention_heads vocab_size".split()
     config = BertConfig(**dict(zip(names, shape)), intermediate_size=4 * shape.d_model)
     config.hidden_act = "gelu" if shape.bert else "relu"
     bert = BertModel(config, add_pooling_layer=False).train(training)

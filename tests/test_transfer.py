@@ -540,8 +540,8 @@ def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
     assert notes() == []
     no = [{"text": f"SENTENCE  number {i} of many", "label": "no"} for i in (0, 2, 2)]
     for expected, change in (
-        ("1 classes have no training example", {"test": test + [{"text": "sentence number 9", "label": "maybe"}]}),
-        ("30 classes have no training example", {"train": sentences(300, label=lambda i: f"{i % 30}"), "n_target": 2}),
+        ("1 classes have no training", {"test": test + [{"text": "sentence number 9", "label": "maybe"}]}),
+        ("30 classes have", {"train": sentences(300, label=lambda i: f"{i % 30}"), "n_target": 2}),
         ("3 of the test texts also occur", {"test": test + no}),
         ("100% of the training texts are longer than max_length", {"max_length": 4}),
         ("only 9 validation and 99 test", {"validation": test[:9], "test": test[:99]}),

@@ -29,10 +29,11 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
 MODULES = {"masks": masks, "model": model, "transfer": transfer, "train": train}
 
-SLOW = 'model.GatedTransformer.load("out/helped/pruned.pt").probabilities(["the service was slow"])[0, 0].item()'
+SLOW = 'model.GatedTransformer.load("out/helped/pruned.pt")'
+SLOW += '.probabilities(["the service was slow"])[0, 0].item()'
 PREDICTIONS = {  # exercise -> the number (or code for it, if it depends on the machine), and why
-    2: (0.325, "z = 0 where s < 0.5 / 2, that is logit(u) < BETA logit(0.25) = -0.732, and sigmoid(-0.732) = 0.325"),
-    4: (-1.5, "fourteen close and keep 0.7 of a gate: the fifteenth, at 1.5, is left between, where the slopes cancel"),
+    2: (0.325, "z = 0 where s < 0.25, that is logit(u) < BETA logit(0.25) = -0.732; sigmoid(-0.732) = 0.325"),
+    4: (-1.5, "fourteen close and keep 0.7 of a gate; the fifteenth, at 1.5, is where the slopes cancel"),
     5: (0.1985, "the entropy -(0.95 log 0.95 + 0.05 log 0.05): who answers 0.95 and 0.05 has exactly this"),
     10: (SLOW, "the same: both words are unknown, and all unknown words have one id"),
     11: (1.0, "each of the two links negates or not, so that the parity of the nots and the value decide"),
@@ -130,7 +131,7 @@ def student():
 
 @pytest.mark.skipif("not config.getoption('--notebook')", reason="slow: run with --notebook")
 def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
-    """From a new kernel and in a copy of the folder, since it writes to out/; every solution is right, and all takes
+    """From a new kernel, in a copy of the folder: it writes to out/. Every solution is right, and all takes
     less than twelve minutes: two and a half times what it should on two idle cores.
     """
     for name in MODULES:
@@ -148,7 +149,7 @@ def test_the_notebook_runs_and_every_exercise_can_be_solved(tmp_path):
 
 @pytest.mark.parametrize("number", WRITTEN)
 def test_an_exercise_says_what_is_missing_gives_a_hint_and_takes_the_solution(number, capsys):
-    """Dots, a slip and the solution; only the solution is used from then on, the module's function otherwise."""
+    """Dots, a slip and the solution; only the solution is used then, the module's function otherwise."""
     cell, place = next(cell for cell in CODE if exercise(cell) == number), student()
     place["SIZES"] = model.unit_sizes(64, 4)
     right, wrong = WRITTEN[number], WRITTEN[number].replace(*SLIPS[number])
@@ -162,7 +163,7 @@ def test_an_exercise_says_what_is_missing_gives_a_hint_and_takes_the_solution(nu
 
 
 def test_a_check_waits_for_a_prediction_and_is_kind(capsys):
-    """Dots and wrong types are no predictions, and nothing is computed for them; large numbers are written out."""
+    """Dots and wrong types are no predictions, nothing is computed for them; large numbers are whole."""
     check = student()["check"]
     for prediction in (..., "many", None, [1]):
         check(prediction, lambda: 1 / 0, "")
@@ -183,7 +184,8 @@ def test_the_notebook_has_the_form_of_a_course():
     assert len(lines[0]) <= 15 and "# setup" not in CODE[1].source
     assert (ROOT / "tutorial.ipynb").stat().st_size < 1.5e6
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
-    assert not any(o.output_type == "error" or o.get("name") == "stderr" for cell in CODE for o in cell.outputs)
+    outputs = [output for cell in CODE for output in cell.outputs]
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
     assert not re.search(r"/tmp/|/home/|/work/|/root", json.dumps(NOTEBOOK))
 
 
@@ -191,11 +193,13 @@ def test_part_two_needs_only_the_cells_that_say_setup():
     """Every name that part II reads is a builtin, its own, or made by a setup cell."""
     second = next(i for i, cell in enumerate(NOTEBOOK.cells) if cell.source.startswith("# Part II"))
     later = [cell for cell in NOTEBOOK.cells[second:] if cell.cell_type == "code"]
-    sources = [cell.source for cell in CODE if cell.source.startswith("# setup")] + [cell.source for cell in later]
+    sources = [cell.source for cell in CODE if cell.source.startswith("# setup")]
+    sources += [cell.source for cell in later]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     made = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ExceptHandler | ast.alias)}
-    made |= {n.asname for n in nodes if isinstance(n, ast.alias)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
-    made |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {*dir(builtins)}
+    made |= {n.asname for n in nodes if isinstance(n, ast.alias)} | {*dir(builtins)}
+    made |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    made |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     assert {n.id for n in nodes if isinstance(n, ast.Name)} <= made
 
 
@@ -260,7 +264,8 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
     "even random cuts come within a few points; if it stops, they do not":
         [(mean("cuts", f"built in, learned then cut, {ON}") - 4, of_three("built in", ON)),
          (of_three("built in", END) + 10, mean("cuts", f"built in, learned then cut, {END}")),
-         (of_three("built in", END, "after_cut"), 65), (85, mean("cuts", f"built in, bottom, {END}", "after_cut")),
+         (of_three("built in", END, "after_cut"), 65),
+         (85, mean("cuts", f"built in, bottom, {END}", "after_cut")),
          (mean("cuts", "sst2, learned then cut, goes on, 25") - 4, of_three("sst2", "goes on, 25"))],
     "at 70 % the rule does as well as the gates; at 90 % the gates are above it":
         [(mean("sparsity", f"{start}, 0.7, learned then cut") - 4, mean("sparsity", f"{start}, 0.7, bottom"))
@@ -275,7 +280,8 @@ CLAIMS = {  # a sentence of the prose -> comparisons of rows that must not be fa
          for task, aux in (("kitchen", "kitchen_rest"), ("dvd", "dvd_rest"), ("sst2", "sst5"))],
     "the unrelated task harms as much with conflicts projected away":
         [(mean("real", f"{FINE}always, project") + 3, mean("real", f"{FINE}none")),
-         (mean("real", f"{FINE}always") - 3, mean("real", f"{FINE}always, project")), (gain("real", FINE), 0)],
+         (mean("real", f"{FINE}always") - 3, mean("real", f"{FINE}always, project")),
+         (gain("real", FINE), 0)],
     "The order by the cheap score is nearly that of the gains":
         [(0.8, experiments.rank_correlation(experiments.proxy_pairs()))],
 }  # fmt: skip
