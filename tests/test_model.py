@@ -118,38 +118,6 @@ def test_every_gate_gets_the_gradient_of_the_logits_with_respect_to_it():
     assert torch.autograd.gradcheck(lambda head, ffn: model(ids, "target", Units(head, ffn)), (z.head, z.ffn))
 
 
-def test_the_network_hears_hooks_functional_calls_and_second_derivatives():
-    """What a researcher does to a network: a hook on every linear layer fires; torch.func's gradient equals
-    .backward()'s; a second derivative agrees with finite differences (1e-5 in double precision)."""
-    model, ids = network().double(), texts()
-    labels, heard = torch.tensor([0, 1, 2, 0, 1, 2]), []
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, x, y: heard.append(m)) for m in linears]
-    loss = F.cross_entropy(model(ids, "target"), labels)
-    assert set(heard) == set(linears) - {model.classifier["auxiliary"]} and len(heard) == 4 * L + 1
-    for hook in hooks:
-        hook.remove()
-    loss.backward()
-
-    def loss_of(parameters):
-        logits = torch.func.functional_call(model, parameters, (ids, "target"))
-        return F.cross_entropy(logits, labels)
-
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    gradient = torch.func.grad(loss_of)(parameters)
-    for name, p in model.named_parameters():
-        if not name.startswith("classifier.auxiliary"):
-            torch.testing.assert_close(gradient[name], p.grad)
-
-    generator, step = torch.Generator().manual_seed(0), 1e-5
-    direction = {n: torch.randn(p.shape, generator=generator).double() for n, p in parameters.items()}
-    moved = [{n: p + sign * step * direction[n] for n, p in parameters.items()} for sign in (1, -1)]
-    up, down = (torch.func.grad(loss_of)(p) for p in moved)
-    second = torch.func.jvp(torch.func.grad(loss_of), (parameters,), (direction,))[1]
-    for name in parameters:
-        torch.testing.assert_close(second[name], (up[name] - down[name]) / (2 * step), atol=1e-5, rtol=1e-4)
-
-
 def test_reduced_matmul_precision_keeps_the_error_of_float32():
     """The switch that a run sets may choose other kernels, but the logits stay at float32's rounding."""
     model, ids = network(), texts()
@@ -248,17 +216,6 @@ def test_embeddings_of_words_and_places_start_small():
     new = GatedTransformer(Config(1000, 64, C, C // H, [H], [1]), SPECIAL, {"target": ["no", "yes"]})
     for embedding in (new.token, new.position):
         assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
-
-
-def test_a_few_steps_overfit_one_batch():
-    model, ids, labels = network(), texts(), torch.tensor([0, 1, 2, 0, 1, 2])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(ids, "target"), labels)
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.05
 
 
 def tokens(text, max_length=20, split=words, bert=False):

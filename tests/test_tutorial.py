@@ -61,7 +61,7 @@ def my_transferred(parameters, what):
     return {name: p for name, p in parameters.items() if reached(name)}""",
     7: """
 def my_aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
-    return aux_weight if transfer_start <= step < transfer_stop else 0.0  # half open: windows can be joined""",
+    return aux_weight if transfer_start <= step < transfer_stop else 0.0  # windows can be joined""",
     8: """
 def my_couple(g_target, g_aux, coupling):
     update, both = g_target | g_aux, g_target.keys() & g_aux.keys()
