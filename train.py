@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -466,25 +467,17 @@ def prepare_folder(out):
             (out / name).unlink()
 
 
-def save(write, path):
-    """Call write(path); the file is complete or as before, whatever happens. Raises OSError."""
-    try:
-        write(f"{path}.tmp")
-    except RuntimeError as error:  # torch's way to say that the disk is full or the folder gone
-        raise OSError(f"cannot write {path}: {error}") from None
-    os.replace(f"{path}.tmp", path)
-
-
 def save_checkpoint(checkpoint, out_dir):
-    """Write checkpoint.pt and history.jsonl."""
-    save(lambda path: torch.save(checkpoint, path), Path(out_dir, "checkpoint.pt"))
+    """Write history.jsonl, and checkpoint.pt: whole or as before, whatever happens."""
     lines = [json.dumps(row) + "\n" for row in checkpoint["history"]]
     Path(out_dir, "history.jsonl").write_text("".join(lines))
+    torch.save(checkpoint, Path(out_dir, "checkpoint.tmp"))
+    os.replace(Path(out_dir, "checkpoint.tmp"), Path(out_dir, "checkpoint.pt"))
 
 
 def save_result(result, net, out_dir):
     """Write pruned.pt and result.json, and remove the checkpoint."""
-    save(net.save, Path(out_dir, "pruned.pt"))
+    net.save(Path(out_dir, "pruned.pt"))
     Path(out_dir, "result.json").write_text(json.dumps(result, indent=1))
     Path(out_dir, "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
 
@@ -703,8 +696,8 @@ def main():
         else:
             report(train(args))
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a fault of this program; torch says so, too, where there is too little memory
+        if isinstance(error, RuntimeError) and not re.search("memory|enforce fail", str(error)):
+            raise  # a fault of the program; torch says so, too, if memory or the disk is too small
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -220,19 +220,11 @@ def parquet_rows(file):
 READERS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
-def built_in(spec):
-    """The splits of a built-in task: split -> its (place, row) pairs; the place is for messages."""
-    domain = spec.removeprefix("reviews:")
-    if domain not in NOUNS:
-        raise InputError(f"built in are reviews:{' and reviews:'.join(NOUNS)}, not {spec}")
-    found = {}
-    for split, pairs in reviews(domain).items():
-        found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
-    return found
-
-
 def from_files(spec):
-    """The same for a file, a train split, or a folder; its files of other names come as these."""
+    """Split -> (place, row) pairs of a folder or a file, a train split; the place is for messages.
+
+    Files that are no split come under their own names.
+    """
     path, found = Path(spec), {}
     if path.is_file() and path.suffix in READERS:
         return {"train": READERS[path.suffix](path)}
@@ -276,8 +268,11 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     then name --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has
     none, and is not read.
     """
-    if spec.startswith("reviews:"):
-        found = built_in(spec)
+    kind, _, domain = spec.partition(":")
+    if kind == "reviews" and domain in NOUNS:
+        found = {}
+        for split, pairs in reviews(domain).items():
+            found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
     else:
         found = from_files(spec) if Path(spec).exists() else from_hub(spec)
     if "train" not in found:

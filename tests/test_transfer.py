@@ -182,7 +182,7 @@ def test_what_is_no_task_is_refused_and_the_hub_is_not_asked(tmp_path, monkeypat
         refused("no such file or folder: '[^']*'$", name)
     refused("no train split", ".")
     refused("only .jsonl, .csv, .parquet", lines(Path("here.tsv"), "text\tlabel"))
-    refused("reviews:restaurant and reviews:film, not reviews:book", "reviews:book")
+    refused("no such file or folder: 'reviews:book'", "reviews:book")
     for path in (lines(Path("none.jsonl"), ""), lines(Path("a.csv"), "text,label"), lines(Path("b.csv"))):
         refused(f"{path} is empty", path)
 
