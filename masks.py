@@ -35,11 +35,11 @@ A bias behind a gate has to be gated too, or a closed unit still contributes: li
 z.ffn[i]; the bias of an output projection belongs to no head, so leave it out. With norm_first=True
 a closed sublayer is the identity and can be cut out; with post-norm its norm would remain. Give the
 gates no weight decay, and evaluate with gates.deterministic() while you prune. After the ramp gates
-need about (INIT + LIMIT) / lr more steps to settle, with their own lr. A network of half precision
-takes z.head and z.ffn with `.to(x.dtype)`; log_alpha stays float32. A closed sublayer is cut by not
-calling it; single heads cannot be cut out of nn.MultiheadAttention, whose width is heads times head
-size: keep their zeros there, or use an attention of your own, as in model.py, where `extract` shows
-how units are cut out of the weights.
+need about (INIT + LIMIT) / lr more steps to settle, lr being that of the gates. A network of half
+precision takes z.head and z.ffn with `.to(x.dtype)`; log_alpha stays float32. A closed sublayer is
+cut by not calling it; single heads cannot be cut out of nn.MultiheadAttention, whose width is heads
+times head size: keep their zeros there, or use an attention of your own, as in model.py, where
+`extract` shows how units are cut out of the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size
 target (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -55,7 +55,7 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch interval (Louizo
 
 
 def sample_z(log_alpha, generator=None):
-    """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Of any shape."""
+    """Sample hard-concrete gates, often exactly 0 or 1 (Louizos et al. 2018). Elementwise."""
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
     u = u.clamp(1e-6, 1 - 1e-6)  # the logit stays finite
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
@@ -64,12 +64,12 @@ def sample_z(log_alpha, generator=None):
 
 
 def prob_open(log_alpha):
-    """P(z > 0) in (0, 1), the summand of the L0 penalty (Louizos et al. 2018). Of any shape."""
+    """P(z > 0) in (0, 1), the summand of the L0 penalty (Louizos et al. 2018). Elementwise."""
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 def deterministic_z(log_alpha):
-    """The gate used for evaluation: not divided by BETA (Louizos et al. 2018). Of any shape."""
+    """The gate at evaluation: no noise, no temperature (Louizos et al. 2018). Elementwise."""
     return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -114,7 +114,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def clamp_(self):
-        """Call after every optimizer step."""
+        """Keep log_alpha within LIMIT: call it after every optimizer step."""
         self.log_alpha.clamp_(-LIMIT, LIMIT)
 
 
@@ -170,7 +170,7 @@ class Controller(nn.Module):
 
     @torch.no_grad()
     def ascend(self, gap):
-        """Call after every optimizer step."""
+        """Move lambda1 by the gap: call it after every optimizer step."""
         self.lambda1 += ASCENT * self.gate_lr * gap.clamp(-LAG, LAG)
 
 

@@ -59,7 +59,7 @@ CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f80
 
 @lru_cache(maxsize=None)
 def bert_character(c):
-    """What BERT's tokenizer makes of a character of a lower-case text in NFD (accents apart)."""
+    """What BERT's tokenizer makes of one character of a lower-case, decomposed (NFD) text."""
     category = unicodedata.category(c)
     if c in "\t\n\r":
         return " "
@@ -70,8 +70,10 @@ def bert_character(c):
 
 
 def word_pieces(vocab):
-    """The tokenizer of an uncased BERT, a function from a string to pieces of `vocab`: the longest
-    piece that a word starts with, then of the rest, where pieces start with ##.
+    """The tokenizer of an uncased BERT, a function from a string to pieces of `vocab`.
+
+    A word is cut greedily: the longest piece that it starts with, then the longest that the rest
+    starts with, written with ##; or [UNK], if that fails.
     """
     known = set(vocab)
 
@@ -104,7 +106,8 @@ def tokenize(texts, tokenizer, max_length, bert):
     BERT's: [CLS] a [SEP] b [SEP]. The longer text is cut first.
     """
     parts = [tokenizer(text) for text in texts]
-    room = max(1, max_length - len(parts) + (-1 if bert else 1))  # beside the marks
+    marks = len(parts) + 1 if bert else len(parts) - 1  # [CLS] and a [SEP] each, or [SEP] between
+    room = max(1, max_length - marks)
     cut = sum(len(part) for part in parts) > room
     parts = [part[:room] for part in parts]
     while sum(len(part) for part in parts) > room:

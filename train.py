@@ -38,7 +38,7 @@ def between(low, high, kind=float):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # nan, too
+        if not low <= value <= high:  # also true for nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -46,8 +46,8 @@ def between(low, high, kind=float):
     return parse
 
 
-STEPS = between(0, 10_000_000, int)
-COUNT = between(1, 10_000_000, int)
+NATURAL = between(0, 10_000_000, int)
+POSITIVE = between(1, 10_000_000, int)
 
 
 def parse_args(argv=None):
@@ -58,34 +58,34 @@ def parse_args(argv=None):
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task to solve: folder, file, hub name")
-    add("--aux", help="auxiliary task, or none; default: reviews:film if the target is default")
+    add("--aux", help="auxiliary task, or none; None: reviews:film for the built-in target")
     add("--text_columns", nargs="+", default=["text"], help="columns of the target's texts")
     add("--label_column", default="label", help="column of the target's label")
     add("--aux_text_columns", nargs="+", default=["text"], help="the auxiliary task's")
     add("--aux_label_column", default="label", help="the auxiliary task's")
-    add("--n_target", type=STEPS, default=200, help="target examples to train on; 0 = all")
+    add("--n_target", type=NATURAL, default=200, help="target examples to train on; 0 = all")
     add("--max_length", type=between(1, 4096, int), default=64, help="tokens of a text to read")
-    add("--vocab_size", type=between(4, 10**9, int), help="default: 10,000, of a BERT all")
+    add("--vocab_size", type=between(4, 10**9, int), help="tokens known; None: 10,000, a BERT: all")
     # model
     add("--init", help="start from a dense run's pruned.pt, or a BERT: folder or hub name")
-    add("--n_layer", type=between(1, 100, int), help="layers; default: the parent's, else 4")
-    add("--n_head", type=between(1, 1000, int), help="heads per layer; the parent's, else 4")
-    add("--d_model", type=between(1, 10_000, int), help="width; the parent's, else 64")
+    add("--n_layer", type=between(1, 100, int), help="layers; None: the parent's, else 4")
+    add("--n_head", type=between(1, 1000, int), help="heads per layer; None: as for layers")
+    add("--d_model", type=between(1, 10_000, int), help="width; None: the parent's, else 64")
     add("--dropout", type=between(0, 0.99), default=0.1, help="dropout probability")
     # pruning
     add("--sparsity", type=between(0, 0.99), default=0.7, help="fraction of weights to cut")
-    add("--prune_start", type=STEPS, default=500, help="first step with a rising sparsity")
-    add("--prune_ramp", type=STEPS, default=1000, help="steps in which it rises")
-    add("--finetune_steps", type=COUNT, default=800, help="last steps, after the cut")
+    add("--prune_start", type=NATURAL, default=500, help="first step with a rising sparsity")
+    add("--prune_ramp", type=NATURAL, default=1000, help="steps in which it rises")
+    add("--finetune_steps", type=POSITIVE, default=800, help="last steps, after the cut")
     add("--structure", default="learned", help="learned, random, bottom, or a result.json")
     # transfer
     add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss")
-    add("--transfer_start", type=STEPS, default=1000, help="when: first step with transfer")
-    add("--transfer_stop", type=STEPS, default=10_000_000, help="when: first step without")
+    add("--transfer_start", type=NATURAL, default=1000, help="when: first step with transfer")
+    add("--transfer_stop", type=NATURAL, default=10_000_000, help="when: first step without")
     add("--coupling", choices=["sum", "project"], default="sum", help="how: project: no conflicts")
     add("--transfer", choices=["both", "weights", "gates"], default="both", help="what may change")
     # optimization
-    add("--steps", type=COUNT, default=3000, help="optimizer steps in all")
+    add("--steps", type=POSITIVE, default=3000, help="optimizer steps in all")
     add("--batch_size", type=between(1, 10_000, int), default=32, help="examples per task and step")
     add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate; 1e-4 for a BERT")
     add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="about a gate's move per step")
@@ -105,16 +105,8 @@ def parse_args(argv=None):
     return args
 
 
-def check_device(args):
-    """Raise InputError if there is no such device."""
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {args.device} is not available here") from None
-
-
 def check(args):
-    """Raise InputError for flags that do not fit together; what one may say stands beside it."""
+    """Raise InputError for flags that contradict each other; ranges stand in `parse_args`."""
     for path in (args.init or "", args.structure):
         if Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
             raise InputError(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
@@ -125,8 +117,8 @@ def check(args):
     reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
-    # the ramp, or what gates at half that speed take to follow it, and a closing for the multiplier
-    # to settle
+    # the ramp or, if longer, two closings (gates follow it at half Adam's speed); then one more, in
+    # which the multiplier settles
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     learned = args.sparsity and args.structure == "learned"
     wrong = [
@@ -190,7 +182,7 @@ def train(args):
 
     # ---- schedule and batches
     finetune_start = args.steps - args.finetune_steps
-    learned = args.sparsity and not given
+    learned = args.sparsity and given is None
     prune_start = args.prune_start if learned else finetune_start
     prune_ramp = args.prune_ramp if learned else 0
     sizes = model.unit_sizes(args.d_model, args.n_head)
@@ -206,7 +198,7 @@ def train(args):
             net = model.extract(net, structure)
             optimizer = weight_optimizer(net, args.weight_decay)  # Adam's had the old shapes
             cut["accuracy_after_cut"] = accuracies(net, None, data, args.device)
-        at_work = gates if phase == "prune" else None
+        at_work = gates if phase == "prune" else None  # None: all units are open
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
@@ -238,7 +230,7 @@ def train(args):
         terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0).item()
         terms["lambda1"] = controller.lambda1.item()
         if not all(math.isfinite(term) for term in terms.values()):
-            raise InputError(f"step {step}: {terms}; try a lower --lr. The checkpoint remains")
+            raise InputError(f"step {step}: {terms}; try a lower --lr")
         optimizer.step()
         gate_optimizer.step()
         if at_work:
@@ -289,8 +281,11 @@ def train(args):
 
 
 def read_parent(args):
-    """The dense network that --init names, or None."""
-    check_device(args)
+    """The dense network that --init names, on --device, or None. Raises InputError."""
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {args.device} is not available here") from None
     if not args.init:
         return None
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
@@ -327,14 +322,13 @@ def given_structure(args):
     sizes = model.unit_sizes(args.d_model, H)
     if args.structure == "learned":
         return None
-    if args.structure == "random":
-        generator = torch.Generator().manual_seed(100 * args.seed)  # more are drawn from 100 s + i
-        heads = torch.rand(L, H, generator=generator)
-        prob = masks.Units(heads, torch.rand(L, generator=generator))
-        return masks.select(prob, args.sparsity, *sizes)
-    if args.structure == "bottom":
+    if args.structure in ("random", "bottom"):
         height = torch.linspace(1, 0, L)
         prob = masks.Units(height.view(L, 1).expand(L, H), height)
+        if args.structure == "random":
+            generator = torch.Generator().manual_seed(100 * args.seed)  # more: from 100 s + i
+            heads = torch.rand(L, H, generator=generator)
+            prob = masks.Units(heads, torch.rand(L, generator=generator))
         return masks.select(prob, args.sparsity, *sizes)
     try:
         result = json.loads(Path(args.structure).read_text())
@@ -392,8 +386,8 @@ def dense_network(args, data, parent=None):
 def inherit(net, parent):
     """Copy the parent's weights into a network of the same shape, embeddings of words by name.
 
-    The target's classifier starts anew; the auxiliary one is the parent's, if it has the same class
-    names.
+    The target's classifier starts anew; the auxiliary one becomes a copy of that of the parent's
+    target, if they have the same class names.
     """
     own = ("token.", "position.", "classifier.")  # depend on vocabulary, max_length, labels
     state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
@@ -407,7 +401,7 @@ def inherit(net, parent):
 
 
 def weight_optimizer(net, weight_decay):
-    """AdamW for the weights of a network, at the rate of `lr_at`: only matrices are decayed."""
+    """AdamW; only matrices are decayed. The loop sets the rate, `lr_at`."""
     matrices = {"params": [p for p in net.parameters() if p.dim() >= 2]}
     vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
     options = {"betas": (0.9, 0.98), "weight_decay": weight_decay, "fused": True}
@@ -431,40 +425,34 @@ def fingerprint_of(data, parent, given):
 def saved_run(args, fingerprint):
     """What --resume finds: a checkpoint, else the result of a finished run, else None.
 
-    Raises InputError if it is of a run with other flags or one that read something else. Without
-    --resume the folder is emptied for a new run: it belongs to one.
+    Raises InputError if it is of a run with other flags or one that read something else. For a new
+    run the folder is made, or emptied: it belongs to one run.
     """
-    if not args.resume:
-        prepare_folder(Path(args.out_dir))
+    out = Path(args.out_dir)
+    found = [out / name for name in ("checkpoint.pt", "result.json") if (out / name).exists()]
+    if not args.resume or not found:
+        if args.resume:
+            say(f"note: there is no run in {out} to resume: starting at step 0")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
+            if (out / name).exists():
+                say(f"note: {out / name} of an earlier run is removed")
+                (out / name).unlink()
         return None
-    checkpoint, result = Path(args.out_dir, "checkpoint.pt"), Path(args.out_dir, "result.json")
     try:
-        if checkpoint.exists():
-            saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        elif result.exists():
-            saved = json.loads(result.read_text())
+        if found[0].suffix == ".pt":
+            saved = torch.load(found[0], map_location=args.device, weights_only=True)
         else:
-            say(f"note: there is no run in {args.out_dir} to resume: starting at step 0")
-            prepare_folder(Path(args.out_dir))
-            return None
+            saved = json.loads(found[0].read_text())
         flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
-        raise InputError(f"{args.out_dir} cannot be read: run without --resume") from None
+        raise InputError(f"{found[0]} cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
             raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}")
     if saved.get("fingerprint") != fingerprint:
         raise InputError(f"{args.out_dir} holds a run on other data, parent or structure")
     return saved
-
-
-def prepare_folder(out):
-    """Make the folder of a new run and remove what an earlier one left there."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
-        if (out / name).exists():
-            say(f"note: {out / name} of an earlier run is removed")
-            (out / name).unlink()
 
 
 def save_checkpoint(checkpoint, out_dir):
@@ -638,8 +626,8 @@ def report(r):
 def compare(args):
     """Run every seed with transfer and without; print means, 95 % intervals and what transfer adds.
 
-    Returns {"transfer": results in order of seed, "no_transfer": the same}. With --resume finished
-    runs are not made again.
+    Returns {"transfer": results in order of seed, "no_transfer": the same}, without "transfer" if
+    aux_weight is 0. With --resume finished runs are not made again.
     """
     weights = {"no_transfer": 0.0}
     if args.aux_weight:
@@ -682,9 +670,9 @@ def last_checkpoint(args):
     place = "checkpoint.pt" if args.seeds == 1 else "*/checkpoint.pt"
     found = sorted(Path(args.out_dir).glob(place), key=os.path.getmtime)
     if not found:
-        return "interrupted before the first checkpoint"
+        return "interrupted; there is no checkpoint yet to go on from"
     step = torch.load(found[-1], map_location="cpu", weights_only=True)["step"]
-    return f"interrupted; the same command with --resume goes on from the checkpoint of step {step}"
+    return f"interrupted; {found[-1]} is of step {step}: with --resume its command goes on from it"
 
 
 def main():

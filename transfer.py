@@ -147,7 +147,8 @@ def reviews(domain):
     """The built-in, synthetic task: split name -> list of (text, label name), no sentence twice."""
     rng, unique = random.Random(domain), {}
     while len(unique) < 8500:
-        unique.update([review(rng, domain)])
+        text, name = review(rng, domain)
+        unique[text] = name
     pairs = list(unique.items())
     return {"train": pairs[:6000], "validation": pairs[6000:6500], "test": pairs[6500:]}
 
@@ -221,9 +222,9 @@ READERS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
 def from_files(spec):
-    """Split -> (place, row) pairs of a folder or a file, a train split; the place is for messages.
+    """Split -> (place, row) pairs, the place for messages; files that are no split by their names.
 
-    Files that are no split come under their own names.
+    A folder has a file per split; a single file is the train split.
     """
     path, found = Path(spec), {}
     if path.is_file() and path.suffix in READERS:
@@ -238,7 +239,7 @@ def from_files(spec):
 
 
 def from_hub(spec):
-    """The same for owner/name or owner/name:config on the hub; classes are given by their names."""
+    """Like `from_files`, for owner/name or owner/name:config on the hub; classes by their names."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or Path(spec).suffix in READERS:
         raise InputError(f"no such file or folder: {spec!r}")
     import datasets  # here, not above: importing it takes seconds
@@ -251,11 +252,12 @@ def from_hub(spec):
         raise InputError(f"no such file or folder: {spec!r}, nor on the hub: {reason}") from None
 
     def rows_of(split):
+        features = loaded[split].features
+        classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
         for number, row in enumerate(loaded[split], 1):
-            for column, feature in loaded[split].features.items():
-                is_class = isinstance(feature, datasets.ClassLabel)
-                if is_class and row[column] not in (-1, None):  # these say that there is no label
-                    row[column] = feature.int2str(row[column])
+            for column in classes:
+                if row[column] not in (-1, None):  # these say that there is no label
+                    row[column] = features[column].int2str(row[column])
             yield f"{split} of {spec}, row {number}", row
 
     return {split: rows_of(split) for split in loaded}
@@ -281,8 +283,8 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     unread = [name for name in found if name not in SPLITS]
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     splits = {}
+    columns = (text_columns, label_column, flag)
     for split in [split for split in wanted if split in found]:
-        columns = (text_columns, label_column, flag)
         pairs = [example(place, row, *columns) for place, row in found[split]]
         if not pairs:
             raise InputError(f"{split} of {spec} is empty")
@@ -350,12 +352,6 @@ class Data(NamedTuple):
     record: dict  # the same data in numbers, for result.json
 
 
-def hash64(text):
-    """A number of 64 bits for a string, the same in every process."""
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def tokenized(pairs, tokenizer, max_length, bert, known):
     """Rows for (texts, class name) pairs; new tokens join the dict `known`, in their order."""
     rows = []
@@ -363,16 +359,17 @@ def tokenized(pairs, tokenizer, max_length, bert, known):
         tokens, cut = tokenize(texts, tokenizer, max_length, bert)
         for token in tokens:
             known.setdefault(token, len(known))
-        key = hash64("\n".join(normalise(text) for text in texts))
+        content = "\n".join(normalise(text) for text in texts).encode(errors="replace")
+        key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
         rows.append(Row(texts, name, tokens, cut, key))
     return rows
 
 
 def held_out(keys):
-    """About a tenth, at most a fifth, of the hashes of texts (a list): a set, not to train on.
+    """The keys, a set, of about a tenth of the examples (at most a fifth): they are held out.
 
-    Distinct texts in order of hash, duplicates together; a text with too many duplicates is passed
-    over.
+    keys: a list, one hash per example. Distinct texts are taken in order of hash, duplicates
+    together; a text with too many duplicates is passed over.
     """
     chosen, taken = set(), 0
     for key, count in sorted(Counter(keys).items()):
@@ -413,7 +410,7 @@ def limited_subset(label, n, seed):
 
 
 def limited(train, n_target, seed):
-    """The Rows of `limited_subset`, 0 = all. Raises InputError if there are not as many."""
+    """n_target of the Rows, those of `limited_subset`; 0 = all. Raises InputError."""
     if n_target == 1 or n_target > len(train):
         raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not "
                          "held out take 2 or more, or 0 for all")
@@ -474,21 +471,21 @@ def data_notes(splits, names, unknown):
         (cut > 0.1, f"{cut:.0%} of the training texts are longer than max_length and were cut"),
         (few, f"only {' and '.join(few)} texts: accuracies are uncertain"),
         (most > 0.9, f"{most:.1%} of the test texts are of class {name[:40]}: see macro-F1"),
-        (unknown > 0.5, f"{unknown:.0%} of the words in test are unknown: has it spaces between?"),
+        (unknown > 0.5, f"{unknown:.0%} of the test words are unknown: has the language spaces?"),
     ]
     return [line for holds, line in found if holds]
 
 
 def about(task, splits, names, read):
-    """What is recorded of a task, a tuple as for `prepare`: of the examples that are used.
+    """What result.json says of a task, counting only examples that are used.
 
-    splits: split -> list of Rows; read: names of the splits that were read, not taken from train.
+    task: as for `prepare`. splits: split -> list of Rows; read: those not taken from train.
     Raises InputError if there is nothing to learn.
     """
     spec, text_columns, label_column = task
     count = Counter(row.name for row in splits["train"])
     if len(count) < 2:
-        raise InputError(f"{spec} has fewer than two classes to train on, but for held-out texts")
+        raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
     first = splits["train"][0]
     return {
         "text_columns": text_columns,
@@ -544,14 +541,16 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     # one vocabulary, and ids instead of words
     vocab_size = vocab_size or (10**9 if bert else 10_000)
     vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
-    found = {}
+    examples = {}
     for name, rows in splits.items():
-        found[name] = encoded(rows, names["target"], vocab, max_length, bert)
-    found["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert) if aux else None
-    ids = {name: np.concatenate(found[name].ids) for name in ("train", "test")}
+        examples[name] = encoded(rows, names["target"], vocab, max_length, bert)
+    examples["aux"] = None
+    if aux:
+        examples["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert)
+    ids = {name: np.concatenate(examples[name].ids) for name in ("train", "test")}
     record["unknown"] = {name: (ids[name] == UNK).mean().item() for name in ids}
     notes += data_notes(splits, names["target"], record["unknown"]["test"])
-    return Data(**found, vocab=vocab, labels=names, notes=notes, record=record)
+    return Data(**examples, vocab=vocab, labels=names, notes=notes, record=record)
 
 
 def epoch_order(length, batch_size, rng):

@@ -275,7 +275,7 @@ def test_ctrl_c_is_one_line_and_no_run_changes_the_process(tmp_path, monkeypatch
     real, before, during = loop.task_loss, surroundings(), []
     monkeypatch.setattr(loop, "EVAL_EVERY", 10)
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out_dir", str(tmp_path)])
-    for stop, told in ((5, "before the first checkpoint"), (25, "(?=.*--resume).* step 20\\b.*")):
+    for stop, told in ((5, "no checkpoint yet .*"), (25, "(?=.*--resume).* step 20\\b.*")):
 
         def signalled(*a):
             during.append(surroundings())

@@ -546,7 +546,7 @@ def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
         ("100% of the training texts are longer than max_length", {"max_length": 4}),
         ("only 9 validation and 99 test", {"validation": test[:9], "test": test[:99]}),
         ("99.2% of the test texts are of", {"test": sentences(120, 500, lambda i: ["yes", "no"][i > 500])}),
-        ("100% of the words", {"test": [r | {"text": r["text"].replace(" ", "")} for r in test]}),
+        ("100% of the test words", {"test": [r | {"text": r["text"].replace(" ", "")} for r in test]}),
         ("differ only by case: Yes, yes", {"train": [train[1] | {"label": "Yes"}, *train[2:]]}),
         ("2 texts occur with more than one label", {"train": train + [row | {"label": "yes"} for row in no]}),
     ):
