@@ -726,8 +726,10 @@ def pictures():
         for shift, recipe in enumerate(COLOURS):  # shifted, to be told apart
             found = {cut: column("pretrained", f"{task}, {cut}: {recipe}") for cut in cuts}
             curve(axis, [100 * cut + shift for cut in found], found.values(), recipe)
-        axis.set(title=task, xlabel="sparsity, %", ylabel="test accuracy, %", xlim=(-5, 95))
+        axis.set(title=task, xlabel="sparsity, %", xlim=(-5, 95), ylim=(30, 102))
         axis.legend(loc="lower left")
+    axes[0][0].set_ylabel("test accuracy, %")
+    if tasks:
         figure.savefig(RESULTS / "pretrained.png", dpi=100)
 
     kept = {}
