@@ -685,9 +685,12 @@ def main():
         else:
             report(train(args))
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|enforce fail", str(error)):
-            raise  # a fault of the program; torch says so, too, if memory or the disk is too small
-        print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
+        reason = (str(error) or "out of memory").splitlines()[0]
+        if isinstance(error, RuntimeError):
+            if not re.search("memory|enforce fail", reason):
+                raise  # a fault of the program
+            reason = f"memory or disk is too small: {reason}"
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{last_checkpoint(args)}", file=sys.stderr)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a network loses more than it gains by a second
+os.environ["OMP_NUM_THREADS"] = "1"  # a process forked beside a second thread hangs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name must not wait for the hub
 
 

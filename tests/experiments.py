@@ -729,8 +729,7 @@ def pictures():
         axis.set(title=task, xlabel="sparsity, %", xlim=(-5, 95), ylim=(30, 102))
         axis.legend(loc="lower left")
     axes[0][0].set_ylabel("test accuracy, %")
-    if tasks:
-        figure.savefig(RESULTS / "pretrained.png", dpi=100)
+    figure.savefig(RESULTS / "pretrained.png", dpi=100)
 
     kept = {}
     for row in rows("pretrained"):

@@ -144,8 +144,8 @@ PAIRS = [("sst2", "sst5"), ("trec_coarse", "trec_fine"), ("acl_arc", "scicite")]
 def test_real_pairs_run_to_the_end(tmp_path, target, aux):
     """The classes of the target's file, by name; and the accuracy that the network on disk has on the file
     itself."""
-    flags = ["--transfer_start", 5, "--n_layer", 3]
-    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux, *flags)
+    result = run(tmp_path, "--target", DATA / target, "--aux", DATA / aux,
+                 "--transfer_start=5", "--n_layer=3")
     rows = [json.loads(line) for line in (DATA / target / "test.jsonl").read_text().splitlines()]
     network, names = model.GatedTransformer.load(tmp_path / "pruned.pt"), [row["label"] for row in rows]
     assert network.labels["target"] == sorted({*names}) and 0.5 <= result["delivered_sparsity"] < 0.5 + 8 / 36
@@ -338,6 +338,12 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
 
 
 # ---- bad input
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    assert is_one_line(*main(*TINY, "--out_dir", tmp_path)[::2])
+
 
 OUTSIDE = """sparsity -0.1, sparsity nan, aux_weight -1, lr 0, lr inf, gate_lr 0, dropout 1,
     label_smoothing 1, batch_size 0, finetune_steps 0, prune_ramp -1, vocab_size 1, seed -1,
