@@ -748,6 +748,5 @@ def pictures():
 
 
 if __name__ == "__main__":
-    RESULTS.mkdir(exist_ok=True)
     actions = (run, yardstick, speed, proxy, tables, pictures)
     {action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])
