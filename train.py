@@ -287,7 +287,7 @@ def read_parent(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise InputError(f"device {args.device} is not available here") from None
-    if not args.init:
+    if args.init is None:
         return None
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
     try:

@@ -276,7 +276,7 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
         for split, pairs in reviews(domain).items():
             found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
     else:
-        found = from_files(spec) if Path(spec).exists() else from_hub(spec)
+        found = from_files(spec) if spec and Path(spec).exists() else from_hub(spec)
     if "train" not in found:
         kinds, names = ", ".join(READERS), ", ".join(SPLITS)
         raise InputError(f"{spec} has no train split: only {kinds} are read, of the names {names}")

@@ -361,7 +361,7 @@ BAD += [
     ("--device meta", "device meta is not"), ("--device cuda:99", "device cuda:99 is not available"),
     ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned"),
     ("--init none.pt", "none.pt is missing, or"), ("--init .", "init: ."), ("--structure .", "structure"),
-    ("--out_dir file/out", "file/out"),
+    ("--out_dir file/out", "file/out"), ("--init=", "init: : "),
 ]  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_a_folder_has_one_file_a_split_of_any_kind_and_others_are_named_as_not_r
 def test_what_is_no_task_is_refused_and_the_hub_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(Path("here.csv"), sentences(9))
-    for name in ("none", "./none", "../none", "none.jsonl", "a/none.csv", "a/b/c", "x [1]", "here.csv:part"):
+    for name in ("", "none", "../none", "none.jsonl", "a/none.csv", "a/b/c", "x [1]", "here.csv:part"):
         refused("no such file or folder: '[^']*'$", name)
     refused("no train split", ".")
     refused("only .jsonl, .csv, .parquet", lines(Path("here.tsv"), "text\tlabel"))
