@@ -27,11 +27,15 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one line that says what to change."""
+
 
 # ---------------------------------------------------------------------------- words and word pieces
 
@@ -79,10 +83,8 @@ def word_pieces(vocab):
 
     @lru_cache(maxsize=2**17)
     def pieces(word):
-        if len(word) > 100:  # the tokenizer's limit
-            return [SPECIAL[UNK]]
         found, start = [], 0
-        while start < len(word):
+        while start < len(word) <= 100:  # the tokenizer's limit
             prefix, end = "##" if start else "", len(word)
             while end > start and prefix + word[start:end] not in known:
                 end -= 1
@@ -90,7 +92,7 @@ def word_pieces(vocab):
                 return [SPECIAL[UNK]]
             found.append(sys.intern(prefix + word[start:end]))
             start = end
-        return found
+        return found or [SPECIAL[UNK]]
 
     def tokenizer(text):
         plain = "".join(map(bert_character, unicodedata.normalize("NFD", text.lower())))
@@ -196,14 +198,6 @@ class Block(nn.Module):
         return x
 
 
-class Dropout(NamedTuple):
-    """Dropout factors of a batch, 0 or 1 / (1 - p), from `dropout_noise`; each (B, 1, C)."""
-
-    embedding: torch.Tensor
-    attention: list  # (L,)
-    ffn: list  # (L,)
-
-
 class GatedTransformer(nn.Module):
     """Transformer encoder with one linear classifier per task.
 
@@ -220,9 +214,8 @@ class GatedTransformer(nn.Module):
         self.position = nn.Embedding(config.max_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n, f) for n, f in zip(config.heads, config.ffn))
         self.norm = nn.LayerNorm(config.d_model, 1e-12 if config.bert else 1e-5)
-        self.classifier = nn.ModuleDict()
-        for task, names in labels.items():
-            self.classifier[task] = nn.Linear(config.d_model, len(names))
+        linears = {task: nn.Linear(config.d_model, len(names)) for task, names in labels.items()}
+        self.classifier = nn.ModuleDict(linears)
         nn.init.normal_(self.token.weight, std=0.02)  # with torch's 1.0 texts are easy to memorise
         nn.init.normal_(self.position.weight, std=0.02)
 
@@ -233,15 +226,14 @@ class GatedTransformer(nn.Module):
         x = self.token(ids) + self.position.weight[:T]  # (B, T, C)
         attn_mask = torch.where(real, 0.0, -torch.inf)  # no token sees padding
         attn_mask = attn_mask.to(x.dtype).view(B, 1, 1, T)
-        z_head = z_ffn = drop_attn = drop_ffn = [None] * len(self.blocks)  # all open, no dropout
-        if self.config.bert:
-            x = self.norm(x)
+        z_head = z_ffn = [None] * len(self.blocks)  # all open
         if z is not None:
             z_head, z_ffn = z.head.to(x.dtype), z.ffn.to(x.dtype)
-        if drop is not None:
-            x = x * drop.embedding
-            drop_attn, drop_ffn = drop.attention, drop.ffn
-        for block, *factors in zip(self.blocks, z_head, z_ffn, drop_attn, drop_ffn):
+        drop = drop or [None] * (2 * len(self.blocks) + 1)
+        if self.config.bert:
+            x = self.norm(x)
+        x = scale(x, drop[-1])
+        for block, *factors in zip(self.blocks, z_head, z_ffn, drop[::2], drop[1::2]):
             x = block(x, attn_mask, *factors)
         if not self.config.bert:
             x = self.norm(x)
@@ -252,8 +244,8 @@ class GatedTransformer(nn.Module):
         """Class scores of a batch.
 
         ids: (B, T) token ids, PAD on the right. task: "target" or "auxiliary". z: gates, Units of
-        masks.py or anything with head (L, H) and ffn (L,); None = all open. drop: a Dropout, None =
-        no dropout. Returns logits (B, labels).
+        masks.py or anything with head (L, H) and ffn (L,); None = all open. drop: what
+        `dropout_noise` drew, None = no dropout. Returns logits (B, labels).
         """
         return self.classifier[task](self.features(ids, z, drop))
 
@@ -296,29 +288,29 @@ class GatedTransformer(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote, on the CPU. Executes no code of the file. Raises ValueError."""
+        """Read what `save` wrote, on the CPU. Executes no code of the file. Raises InputError."""
         try:
             parts = torch.load(path, map_location="cpu", weights_only=True)
             model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
             model.load_state_dict(parts["state"])
         except Exception:  # whatever a missing, truncated or foreign file provokes
-            raise ValueError(f"{path} is missing, or not a network that train.py saved") from None
+            raise InputError(f"{path} is missing, or not a network that train.py saved") from None
         if model.vocab[: len(SPECIAL)] != SPECIAL:
-            raise ValueError(f"{path} was saved by an earlier version: make it again")
+            raise InputError(f"{path} was saved by an earlier version: make it again")
         return model
 
 
 def dropout_noise(model, batch_size, p, generator):
-    """Draw a Dropout for a batch of batch_size texts.
+    """Draw the dropout factors of a batch, each 0 or 1 / (1 - p): 2 L + 1 times (B, 1, C), for
+    attention and feed-forward of every layer in turn, and last for the embedding.
 
     One draw serves all tokens of a text (Gal and Ghahramani 2016): T times fewer random numbers,
     and the noise of a text depends neither on padding nor on its neighbours in the batch.
     """
-    L = len(model.blocks)
-    noise = torch.empty(batch_size, 2 * L + 1, model.config.d_model, device=generator.device)
+    n = 2 * len(model.blocks) + 1
+    noise = torch.empty(batch_size, n, model.config.d_model, device=generator.device)
     noise.bernoulli_(1 - p, generator=generator).div_(1 - p)
-    factors = noise.unsqueeze(2).unbind(1)  # 2 L + 1 times (B, 1, C)
-    return Dropout(factors[2 * L], factors[0 : 2 * L : 2], factors[1 : 2 * L : 2])
+    return noise.unsqueeze(2).unbind(1)
 
 
 # ------------------------------------------------------------------------- the same network smaller
@@ -365,33 +357,35 @@ def extract(model, z):
 
 SUPPORTED = {  # what config.json and tokenizer_config.json may say: the rest would be misread
     "model_type": ["bert"], "hidden_act": ["gelu"], "position_embedding_type": ["absolute"],
-    "layer_norm_eps": [1e-12], "do_lower_case": [True], "strip_accents": [None, True],
-    "tokenize_chinese_chars": [True], "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
+    "is_decoder": [False], "layer_norm_eps": [1e-12], "do_lower_case": [True],
+    "strip_accents": [None, True], "tokenize_chinese_chars": [True],
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"],
 }  # fmt: skip
 FILES = ["config.json", "tokenizer_config.json", "vocab.txt", "*.index.json", "model.safetensors"]
-OURS = {  # names within a layer, theirs -> ours; query, key and value are stacked
-    "attention.output.dense.weight": "out.weight", "attention.output.dense.bias": "attn_bias",
-    "attention.output.LayerNorm.weight": "attn_norm.weight",
-    "attention.output.LayerNorm.bias": "attn_norm.bias",
-    "intermediate.dense.weight": "up.weight", "intermediate.dense.bias": "up.bias",
-    "output.dense.weight": "down.weight", "output.dense.bias": "ffn_bias",
-    "output.LayerNorm.weight": "ffn_norm.weight", "output.LayerNorm.bias": "ffn_norm.bias",
+OURS = {  # parts of names, theirs -> ours, replaced in this order; query, key, value are stacked
+    "bert.": "", "Norm.gamma": "Norm.weight", "Norm.beta": "Norm.bias", "encoder.layer": "blocks",
+    "embeddings.word_embeddings": "token", "embeddings.position_embeddings": "position",
+    "embeddings.token_type_embeddings": "kind", "embeddings.LayerNorm": "norm",
+    "attention.output.LayerNorm": "attn_norm", "attention.output.dense.bias": "attn_bias",
+    "attention.output.dense": "out", "intermediate.dense": "up", "output.LayerNorm": "ffn_norm",
+    "output.dense.bias": "ffn_bias", "output.dense": "down",
 }  # fmt: skip
 
 
 def load_bert(name):
     """A dense GatedTransformer without classifiers, with the weights and the vocabulary of a BERT.
 
-    name: a folder in the layout of the hub, or owner/name on the hub. Raises ValueError, with one
+    name: a folder in the layout of the hub, or owner/name on the hub. Raises InputError, with one
     line, for anything that would not be read as BERT's own implementation reads it.
     """
     try:
         folder = Path(name) if Path(name).is_dir() else download(name)
         return bert_from(*read_config(folder), read_tensors(folder))
     except KeyError as error:
-        raise ValueError(f"{name} lacks {error}") from None
+        raise InputError(f"{name} lacks {error}") from None
     except Exception as error:  # the hub's and the file readers' dozens of types
-        raise ValueError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be loaded: {reason}") from None
 
 
 def download(name):
@@ -408,12 +402,11 @@ def read_config(folder):
     """config.json, a dict, and the word pieces of vocab.txt, a list. Raises ValueError."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = folder / "tokenizer_config.json"
-    said = dict(config)
     if tokenizer.exists():
-        said |= json.loads(tokenizer.read_text(encoding="utf-8"))
+        config |= json.loads(tokenizer.read_text(encoding="utf-8"))
     for key, values in SUPPORTED.items():
-        if said.get(key, values[0]) not in values:
-            raise ValueError(f"{key} {said[key]!r} is not supported, only {values[0]!r}")
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{key} {config[key]!r} is not supported, only {values[0]!r}")
     if config["intermediate_size"] != 4 * config["hidden_size"]:
         raise ValueError("intermediate_size is not four times hidden_size")
     vocab = (folder / "vocab.txt").read_bytes().decode().removesuffix("\n").split("\n")
@@ -424,7 +417,7 @@ def read_config(folder):
 
 
 def read_tensors(folder):
-    """name -> tensor of model.safetensors, else of pytorch_model.bin, by their names in a BERT.
+    """name -> tensor of model.safetensors, else of pytorch_model.bin, renamed by OURS.
 
     A safetensors file is eight bytes (a length), JSON of that length, and raw little-endian
     numbers.
@@ -442,35 +435,28 @@ def read_tensors(folder):
                 tensors[name] = numbers.view(about["shape"])
     else:
         tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    renamed = {}
+    state = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("bert.")
-        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        renamed[name] = tensor.float()
-    return renamed
+        for theirs, ours in OURS.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor.float()
+    return state
 
 
-def bert_from(config, vocab, tensors):
+def bert_from(config, vocab, state):
     """The network of `load_bert` from the parts that were read. Raises KeyError."""
     L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
     row = {piece: i for i, piece in enumerate(vocab)}
     ours = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # in our order: SPECIAL first
-    position = tensors["embeddings.position_embeddings.weight"]
-    state = {
-        "token.weight": tensors["embeddings.word_embeddings.weight"][list(ours.values())],
-        "position.weight": position + tensors["embeddings.token_type_embeddings.weight"][0],
-        "norm.weight": tensors["embeddings.LayerNorm.weight"],
-        "norm.bias": tensors["embeddings.LayerNorm.bias"],
-    }
+    state["token.weight"] = state["token.weight"][list(ours.values())]
+    state["position.weight"] = state["position.weight"] + state["kind.weight"][0]
     for i in range(L):
-        layer = f"encoder.layer.{i}."
         for part in ("weight", "bias"):
-            qkv = [f"{layer}attention.self.{name}.{part}" for name in ("query", "key", "value")]
-            state[f"blocks.{i}.qkv.{part}"] = torch.cat([tensors[name] for name in qkv])
-        state |= {f"blocks.{i}.{name}": tensors[layer + theirs] for theirs, name in OURS.items()}
-    shape = Config(len(ours), len(position), C, C // H, [H] * L, [1] * L, bert=True)
-    model = GatedTransformer(shape, list(ours), {})
-    model.load_state_dict(state)
+            qkv = [f"blocks.{i}.attention.self.{name}.{part}" for name in ("query", "key", "value")]
+            state[f"blocks.{i}.qkv.{part}"] = torch.cat([state[name] for name in qkv])
+    shape = (len(ours), len(state["position.weight"]), C, C // H, [H] * L, [1] * L)
+    model = GatedTransformer(Config(*shape, bert=True), list(ours), {})
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model
 
 

@@ -29,8 +29,7 @@ from tqdm import tqdm
 import masks
 import model
 import transfer
-from model import say
-from transfer import InputError
+from model import InputError, say
 
 
 def between(low, high, kind=float):
@@ -113,9 +112,8 @@ def check(args):
             raise InputError(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
     head, ffn = model.unit_sizes(args.d_model, args.n_head)
     room = (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn)  # may stay
-    closed = masks.Gates(args.n_layer, args.n_head)
-    torch.nn.init.constant_(closed.log_alpha, -masks.LIMIT)
-    reachable = masks.sparsity(closed.prob_open(), head, ffn).item()
+    closed = masks.prob_open(torch.full((args.n_layer, args.n_head + 2), -masks.LIMIT))
+    reachable = masks.sparsity(masks.Gates.combine(closed), head, ffn).item()
     available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
     closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
     # the ramp or, if longer, two closings (gates follow it at half Adam's speed); then one more, in
@@ -290,10 +288,7 @@ def read_parent(args):
     if args.init is None:
         return None
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
-    try:
-        parent = read(args.init).to(args.device)
-    except ValueError as error:
-        raise InputError(f"init: {error}") from None
+    parent = read(args.init).to(args.device)
     config = parent.config
     if set(config.heads) != {config.d_model // config.d_head} or not all(config.ffn):
         raise InputError(f"init: {args.init} is pruned; a parent is of a run with --sparsity 0")
@@ -308,13 +303,11 @@ def with_shape(args, parent):
         shape = {"n_layer": len(heads), "n_head": heads[0], "d_model": parent.config.d_model}
         if args.max_length > longest:
             raise InputError(f"max_length: {args.init} reads at most {longest} tokens")
-    flags = dict(vars(args))
+    named = {name: value for name, value in vars(args).items() if value is not None}
     for name, value in shape.items():
-        if flags[name] is None:
-            flags[name] = value
-        elif parent and flags[name] != value:
-            raise InputError(f"{name} {flags[name]}: {args.init} has {value}; leave the flag out")
-    return argparse.Namespace(**flags)
+        if parent and named.get(name, value) != value:
+            raise InputError(f"{name} {named[name]}: {args.init} has {value}; leave the flag out")
+    return argparse.Namespace(**(vars(args) | shape | named))
 
 
 def given_structure(args):
@@ -327,13 +320,13 @@ def given_structure(args):
         height = torch.linspace(1, 0, L)
         prob = masks.Units(height.view(L, 1).expand(L, H), height)
         if args.structure == "random":
-            generator = torch.Generator().manual_seed(100 * args.seed)  # more: from 100 s + i
-            heads = torch.rand(L, H, generator=generator)
-            prob = masks.Units(heads, torch.rand(L, generator=generator))
+            draw = torch.Generator().manual_seed(100 * args.seed)  # more: from 100 s + i
+            prob = masks.Units(torch.rand(L, H, generator=draw), torch.rand(L, generator=draw))
         return masks.select(prob, args.sparsity, *sizes)
     try:
         result = json.loads(Path(args.structure).read_text())
-        kept = masks.Units(torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"]))
+        heads, ffn = (torch.tensor(result[f"{unit}_kept"]).bool() for unit in ("heads", "ffn"))
+        kept = masks.Units(heads, ffn)
         requested, shape = result["target_sparsity"], (*kept.head.shape, *kept.ffn.shape)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         raise InputError("structure is learned, random, bottom or a run's result.json") from None
@@ -403,10 +396,10 @@ def inherit(net, parent):
 
 def weight_optimizer(net, weight_decay):
     """AdamW; only matrices are decayed. The loop sets the rate, `lr_at`."""
-    matrices = {"params": [p for p in net.parameters() if p.dim() >= 2]}
-    vectors = {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    options = {"betas": (0.9, 0.98), "weight_decay": weight_decay, "fused": True}
-    return torch.optim.AdamW([matrices, vectors], **options)
+    matrices = [p for p in net.parameters() if p.dim() >= 2]
+    vectors = [p for p in net.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
 
 def fingerprint_of(data, parent, given):
@@ -417,10 +410,8 @@ def fingerprint_of(data, parent, given):
     for examples in (data.train, data.validation, data.test, data.aux):
         if examples:
             arrays += [examples.label, np.array([len(ids) for ids in examples.ids]), *examples.ids]
-    digest = hashlib.sha256(repr([data.vocab, data.labels]).encode(errors="replace"))
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
+    said = repr([data.vocab, data.labels]).encode(errors="replace")
+    return hashlib.sha256(said + b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def saved_run(args, fingerprint):
@@ -547,24 +538,19 @@ def evaluate(net, examples, z, device):
     C = logits.shape[1]
     hits = labels[labels == predicted].bincount(minlength=C)
     f1 = 2 * hits.double() / (labels.bincount(minlength=C) + predicted.bincount(minlength=C))
-    scores = {
+    pairs = labels * C + predicted
+    return {
         "accuracy": hits.sum().item() / len(labels),
         "macro_f1": f1.nanmean().item(),  # nan: a class that neither occurs nor is predicted
         "loss": F.cross_entropy(logits, labels).item(),
-        "confusion": None,
+        "confusion": pairs.bincount(minlength=C * C).view(C, C).tolist() if C < 100 else None,
     }
-    if C < 100:
-        pairs = labels * C + predicted
-        scores["confusion"] = pairs.bincount(minlength=C * C).view(C, C).tolist()
-    return scores
 
 
 def accuracies(net, z, data, device):
     """Accuracy on the validation and on the test split."""
-    return {
-        "validation": evaluate(net, data.validation, z, device)["accuracy"],
-        "test": evaluate(net, data.test, z, device)["accuracy"],
-    }
+    return {split: evaluate(net, getattr(data, split), z, device)["accuracy"]
+            for split in ("validation", "test")}
 
 
 def gate_numbers(prob, z, sizes):
@@ -609,9 +595,8 @@ def report(r):
     print(f"test accuracy {r['test_accuracy']:.3f}   macro-F1 {r['test_macro_f1']:.3f}   "
           f"validation accuracy {r['validation_accuracy']:.3f}   "
           f"(majority class {r['test_majority']:.3f})")
-    delivered, requested = r["delivered_sparsity"], r["target_sparsity"]
-    print(f"sparsity delivered {delivered:.3f}, requested {requested:.3f}; "
-          f"{r['params_pruned']:,} of {r['params_dense']:,} parameters left")
+    print(f"sparsity delivered {r['delivered_sparsity']:.3f}, requested {r['target_sparsity']:.3f};"
+          f" {r['params_pruned']:,} of {r['params_dense']:,} parameters left")
     if "accuracy_before_cut" in r:
         before, after = r["accuracy_before_cut"]["test"], r["accuracy_after_cut"]["test"]
         print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
@@ -627,12 +612,10 @@ def report(r):
 def compare(args):
     """Run every seed with transfer and without; print means, 95 % intervals and what transfer adds.
 
-    Returns {"transfer": results in order of seed, "no_transfer": the same}, without "transfer" if
-    aux_weight is 0. With --resume finished runs are not made again.
+    With --resume finished runs are not made again.
     """
-    weights = {"no_transfer": 0.0}
-    if args.aux_weight:
-        weights = {"transfer": args.aux_weight, "no_transfer": 0.0}
+    weights = {"transfer": args.aux_weight} if args.aux_weight else {}
+    weights["no_transfer"] = 0.0
     results = {name: [] for name in weights}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, aux_weight in weights.items():
@@ -641,9 +624,8 @@ def compare(args):
             changed = {"seed": seed, "aux_weight": aux_weight, "out_dir": out_dir}
             results[name].append(train(argparse.Namespace(**{**vars(args), **changed})))
     for split in ("validation", "test"):
-        points = {}
-        for name, runs in results.items():
-            points[name] = [100 * result[f"{split}_accuracy"] for result in runs]
+        points = {name: [100 * result[f"{split}_accuracy"] for result in runs]
+                  for name, runs in results.items()}
         if args.aux_weight:
             gains = np.subtract(points["transfer"], points["no_transfer"])
             points["gain, paired by seed"] = gains.tolist()
@@ -651,7 +633,6 @@ def compare(args):
             mean, half = interval(values)
             print(f"{split:10}  {name:20}  {mean:5.1f}, "
                   f"95 % interval [{mean - half:.1f}, {mean + half:.1f}]")
-    return results
 
 
 def interval(values):

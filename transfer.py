@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import CLS, PAD, SPECIAL, UNK, normalise, tokenize, word_pieces, words
+from model import CLS, PAD, SPECIAL, UNK, InputError, normalise, tokenize, word_pieces, words
 
 # ----------------------------------------------------------------------------- when, what, how
 
@@ -158,10 +158,6 @@ def reviews(domain):
 SPLITS = ("train", "validation", "test")
 
 
-class InputError(Exception):
-    """The user's input cannot be used; the message is one line that says what to change."""
-
-
 def decoded(file):
     """Yield the lines of a UTF-8 file; each is decoded alone, so that an error can name it.
 
@@ -229,12 +225,11 @@ def from_files(spec):
     path, found = Path(spec), {}
     if path.is_file() and path.suffix in READERS:
         return {"train": READERS[path.suffix](path)}
-    for file in sorted(path.glob("*.*")):
+    for file in sorted(file for file in path.glob("*.*") if file.suffix in READERS):
         split = file.stem if file.stem in SPLITS else file.name
-        if file.suffix in READERS:
-            if split in found:
-                raise InputError(f"{spec} has two files for one split: {split}")
-            found[split] = READERS[file.suffix](file)
+        if split in found:
+            raise InputError(f"{spec} has two files for one split: {split}")
+        found[split] = READERS[file.suffix](file)
     return found
 
 
@@ -254,10 +249,11 @@ def from_hub(spec):
     def rows_of(split):
         features = loaded[split].features
         classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
+        classes = [name for name in classes if loaded[split].unique(name) != [-1]]  # has labels
         for number, row in enumerate(loaded[split], 1):
             for column in classes:
-                if row[column] not in (-1, None):  # these say that there is no label
-                    row[column] = features[column].int2str(row[column])
+                is_labelled = row[column] not in (-1, None)
+                row[column] = features[column].int2str(row[column]) if is_labelled else None
             yield f"{split} of {spec}, row {number}", row
 
     return {split: rows_of(split) for split in loaded}
@@ -270,10 +266,9 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     then name --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has
     none, and is not read.
     """
-    kind, _, domain = spec.partition(":")
-    if kind == "reviews" and domain in NOUNS:
+    if spec in ("reviews:restaurant", "reviews:film"):
         found = {}
-        for split, pairs in reviews(domain).items():
+        for split, pairs in reviews(spec.removeprefix("reviews:")).items():
             found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
     else:
         found = from_files(spec) if spec and Path(spec).exists() else from_hub(spec)
@@ -283,9 +278,8 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     unread = [name for name in found if name not in SPLITS]
     notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
     splits = {}
-    columns = (text_columns, label_column, flag)
     for split in [split for split in wanted if split in found]:
-        pairs = [example(place, row, *columns) for place, row in found[split]]
+        pairs = [example(*placed, text_columns, label_column, flag) for placed in found[split]]
         if not pairs:
             raise InputError(f"{split} of {spec} is empty")
         if split != "train" and {name for _, name in pairs} == {"-1"}:
@@ -352,7 +346,7 @@ class Data(NamedTuple):
     record: dict  # the same data in numbers, for result.json
 
 
-def tokenized(pairs, tokenizer, max_length, bert, known):
+def tokenized(pairs, known, tokenizer, max_length, bert):
     """Rows for (texts, class name) pairs; new tokens join the dict `known`, in their order."""
     rows = []
     for texts, name in pairs:
@@ -365,33 +359,21 @@ def tokenized(pairs, tokenizer, max_length, bert, known):
     return rows
 
 
-def held_out(keys):
-    """The keys, a set, of about a tenth of the examples (at most a fifth): they are held out.
+def held_out(rows):
+    """About a tenth of the Rows (at most a fifth), and all others. Raises InputError.
 
-    keys: a list, one hash per example. Distinct texts are taken in order of hash, duplicates
-    together; a text with too many duplicates is passed over.
+    Distinct texts are taken in order of hash, duplicates together; a text with too many duplicates
+    is passed over.
     """
     chosen, taken = set(), 0
-    for key, count in sorted(Counter(keys).items()):
-        if taken < len(keys) / 10 and taken + count <= max(1, len(keys) // 5):
+    for key, count in sorted(Counter(row.key for row in rows).items()):
+        if taken < len(rows) / 10 and taken + count <= max(1, len(rows) // 5):
             chosen.add(key)
             taken += count
-    return chosen
-
-
-def complete(splits):
-    """All three splits of a target: test and validation a tenth of train each, if missing."""
-    splits = dict(splits)
-    for split in ("test", "validation"):
-        if split not in splits:
-            train = splits["train"]
-            held = held_out([row.key for row in train])
-            splits[split] = [row for row in train if row.key in held]
-            splits["train"] = [row for row in train if row.key not in held]
-            if not splits[split] or not splits["train"]:
-                raise InputError(f"too few different texts in train to take a {split} split from: "
-                                 "are the columns of texts and labels swapped?")
-    return splits
+    if not 0 < taken < len(rows):
+        raise InputError("too few different texts in train to hold a tenth of them out: "
+                         "are the columns of texts and labels swapped?")
+    return [r for r in rows if r.key in chosen], [r for r in rows if r.key not in chosen]
 
 
 def limited_subset(label, n, seed):
@@ -451,8 +433,7 @@ def encoded(rows, names, vocab, max_length, bert):
 def data_notes(splits, names, unknown):
     """Lines for all in the target's splits that makes its accuracies misleading."""
     train, test = splits["train"], splits["test"]
-    trained = {row.name for row in train}
-    absent = [name for name in names if name not in trained]
+    absent = sorted({*names} - {row.name for row in train})
     folded = Counter(name.casefold() for name in names)
     alike = [name for name in names if folded[name.casefold()] > 1]
     labelled = {(row.key, row.name) for rows in splits.values() for row in rows}
@@ -476,10 +457,10 @@ def data_notes(splits, names, unknown):
     return [line for holds, line in found if holds]
 
 
-def about(task, splits, names, read):
+def about(task, splits, names, given):
     """What result.json says of a task, counting only examples that are used.
 
-    task: as for `prepare`. splits: split -> list of Rows; read: those not taken from train.
+    task: as for `prepare`. splits: split -> list of Rows; given: those not taken from train.
     Raises InputError if there is nothing to learn.
     """
     spec, text_columns, label_column = task
@@ -490,7 +471,7 @@ def about(task, splits, names, read):
     return {
         "text_columns": text_columns,
         "label_column": label_column,
-        "splits": {name: spec if name in read else "a tenth of train, by hash" for name in splits},
+        "splits": {name: spec if name in given else "a tenth of train, by hash" for name in splits},
         "examples": {split: len(rows) for split, rows in splits.items()},
         "labels": {name: count[name] for name in names},
         "first": [*first.texts, first.name],
@@ -515,13 +496,15 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
 
     # the target, and the examples to train on
     pairs, notes = read_task(*target)
-    splits = {}
-    for name in pairs:
-        splits[name] = tokenized(pairs[name], tokenizer, max_length, bert, known)
-    splits = complete(splits)
+    reading = (known, tokenizer, max_length, bert)
+    splits = {name: tokenized(pairs[name], *reading) for name in pairs}
+    for name in ("test", "validation"):
+        if name not in splits:
+            splits[name], splits["train"] = held_out(splits["train"])
     notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
     names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
-    train, splits["train"] = splits["train"], limited(splits["train"], n_target, seed)
+    train = splits["train"]
+    splits["train"] = limited(train, n_target, seed)
     if len(splits["train"]) < len(train):
         notes.append(f"{n_target} of {len(train)} training examples are used; all: --n_target 0")
     record = {"target": about(target, splits, names["target"], pairs)}
@@ -530,7 +513,7 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     auxiliary = []
     if aux:
         pairs, more = read_task(*aux, "aux_", ("train",))
-        rows = tokenized(pairs["train"], tokenizer, max_length, bert, known)
+        rows = tokenized(pairs["train"], *reading)
         held = {row.key for name in ("validation", "test") for row in splits[name]}
         auxiliary = [row for row in rows if row.key not in held]
         n_dropped = len(rows) - len(auxiliary)
@@ -541,12 +524,9 @@ def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None)
     # one vocabulary, and ids instead of words
     vocab_size = vocab_size or (10**9 if bert else 10_000)
     vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
-    examples = {}
-    for name, rows in splits.items():
-        examples[name] = encoded(rows, names["target"], vocab, max_length, bert)
-    examples["aux"] = None
-    if aux:
-        examples["aux"] = encoded(auxiliary, names["auxiliary"], vocab, max_length, bert)
+    final = (vocab, max_length, bert)
+    examples = {name: encoded(rows, names["target"], *final) for name, rows in splits.items()}
+    examples["aux"] = encoded(auxiliary, names["auxiliary"], *final) if aux else None
     ids = {name: np.concatenate(examples[name].ids) for name in ("train", "test")}
     record["unknown"] = {name: (ids[name] == UNK).mean().item() for name in ids}
     notes += data_notes(splits, names["target"], record["unknown"]["test"])

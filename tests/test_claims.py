@@ -360,8 +360,8 @@ BAD += [
     ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),
     ("--device meta", "device meta is not"), ("--device cuda:99", "device cuda:99 is not available"),
     ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned"),
-    ("--init none.pt", "none.pt is missing, or"), ("--init .", "init: ."), ("--structure .", "structure"),
-    ("--out_dir file/out", "file/out"), ("--init=", "init: : "),
+    ("--init none.pt", "none.pt is missing, or"), ("--init .", ". cannot be loaded"),
+    ("--init=", "cannot be loaded"), ("--structure .", "structure"), ("--out_dir file/out", "file/out"),
 ]  # fmt: skip
 
 

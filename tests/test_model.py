@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model
 from masks import Units
-from model import PAD, SPECIAL, Config, Dropout, GatedTransformer, dropout_noise, extract, prunable, words
+from model import PAD, SPECIAL, Config, GatedTransformer, dropout_noise, extract, prunable, words
 
 ROOT = Path(__file__).parent.parent
 L, H, C = 3, 4, 32
@@ -182,31 +182,23 @@ def test_dropout_noise_has_mean_one_and_is_drawn_for_every_text_and_sublayer():
     """One factor for all tokens of a text."""
     model = network()
     drop = dropout_noise(model, 500, 0.25, torch.Generator().manual_seed(0))
-    parts = [drop.embedding, *drop.attention, *drop.ffn]
-    assert len(parts) == 2 * L + 1 and all(part.shape == (500, 1, C) for part in parts)
-    noise = torch.stack(parts)
+    assert len(drop) == 2 * L + 1 and all(part.shape == (500, 1, C) for part in drop)
+    noise = torch.stack(drop)
     assert noise.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert abs(noise.mean().item() - 1) < 5 * (1 / 3) ** 0.5 / noise.numel() ** 0.5  # five standard errors
-    assert all(not torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
+    assert all(not torch.equal(a, b) for i, a in enumerate(drop) for b in drop[:i])
 
 
 def test_each_dropout_factor_silences_its_own_sublayer():
     """Zeroing the factors of one sublayer equals closing it; zeroing all leaves the final norm's bias."""
     model, ids = network(), texts()
-    full = lambda: torch.ones(len(ids), 1, C)
-    for layer in range(L):
-        drop = Dropout(full(), [full() for _ in range(L)], [full() for _ in range(L)])
-        drop.ffn[layer].zero_()
-        torch.testing.assert_close(
-            model(ids, "target", None, drop), model(ids, "target", closed(ffn=[layer])), atol=1e-5, rtol=1e-5
-        )
-        drop.ffn[layer].fill_(1)
-        drop.attention[layer].zero_()
-        torch.testing.assert_close(
-            model(ids, "target", None, drop), model(ids, "target", closed([layer])), atol=1e-5, rtol=1e-5
-        )
-    nothing = torch.zeros(1, 1, C)
-    silent = model(ids[:1], "target", None, Dropout(nothing, [nothing] * L, [nothing] * L))
+    for sublayer in range(2 * L):
+        layer, is_ffn = divmod(sublayer, 2)
+        drop = [torch.full((len(ids), 1, C), float(i != sublayer)) for i in range(2 * L + 1)]
+        z = closed(ffn=[layer]) if is_ffn else closed([layer])
+        dropped, gated = model(ids, "target", None, drop), model(ids, "target", z)
+        torch.testing.assert_close(dropped, gated, atol=1e-5, rtol=1e-5)
+    silent = model(ids[:1], "target", None, [torch.zeros(1, 1, C)] * (2 * L + 1))
     torch.testing.assert_close(silent, model.classifier["target"](model.norm(torch.zeros(1, C))))
 
 
@@ -471,6 +463,7 @@ def test_words_of_a_hundred_letters_are_read_and_longer_ones_are_unknown():
 
 REFUSED = [
     ({"model_type": "roberta"}, {}, PIECES, "model_type 'roberta' is not supported"),
+    ({"is_decoder": True}, {}, PIECES, "is_decoder True"),
     ({"hidden_act": "gelu_new"}, {}, PIECES, "hidden_act 'gelu_new'"),
     ({"position_embedding_type": "relative_key"}, {}, PIECES, "position_embedding_type"),
     ({"intermediate_size": 3 * C}, {}, PIECES, "intermediate_size is not four times"),
@@ -479,7 +472,7 @@ REFUSED = [
     ({}, {"strip_accents": False}, PIECES, "strip_accents False"),
     ({}, {"tokenizer_class": "XLMTokenizer"}, PIECES, "tokenizer_class 'XLMTokenizer'"),
     ({}, {}, [*PIECES, "Paris"], "a cased vocabulary is not supported: 'Paris'"),
-    ({"num_hidden_layers": L + 1}, {}, PIECES, "lacks 'encoder.layer.3"),
+    ({"num_hidden_layers": L + 1}, {}, PIECES, "lacks 'blocks.3"),
     ({}, {}, [*PIECES, "b", "c1", "c2", "c3"], "index"),  # more pieces than rows
 ]
 
@@ -546,7 +539,7 @@ def test_a_name_is_looked_up_on_the_hub_the_bin_only_without_a_safetensors(tmp_p
     torch.save(bert_tensors(len(PIECES) + 6)[0], tmp_path / "owner" / "old" / "pytorch_model.bin")
     assert model.load_bert("owner/old").config.bert
     assert "pytorch_model.bin" not in asked[1][1] and "pytorch_model.bin" in asked[2][1]
-    with pytest.raises(ValueError, match="^no/where: offline for sure$"):
+    with pytest.raises(ValueError, match="^no/where cannot be loaded: offline for sure$"):
         model.load_bert("no/where")
 
 

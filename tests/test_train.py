@@ -217,7 +217,7 @@ def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
     flags += " --dropout 0.2"
     seen = [watch(tmp_path, *flags.split(), "--seed", seed, every=100) for seed in range(4)]
     assert [call.task for one in seen for call in one.training] == ["target", "auxiliary"] * 12
-    draws = [tuple(call.drop.embedding.flatten().tolist()) for one in seen for call in one.training]
+    draws = [tuple(call.drop[-1].flatten().tolist()) for one in seen for call in one.training]
     assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept
     assert len({str(one.result["data"]["target"]["first"]) for one in seen}) == 4
     assert len({tuple(one.weights[0][0].values[1].flatten().tolist()) for one in seen}) == 4
@@ -432,8 +432,10 @@ def test_a_structure_of_another_run_is_cut_in_one_step_and_must_fit(tmp_path, wa
     whole = {"heads_kept": [[1, 1], [1, 1]], "ffn_kept": [1, 1], "target_sparsity": 0.5}
     (tmp_path / "whole.json").write_text(json.dumps(whole))
     (tmp_path / "null.json").write_text(json.dumps({**whole, "heads_kept": None}))
+    half = {**whole, "heads_kept": [[0.5, 0.5]] * 2, "ffn_kept": [0.5, 0.5]}  # no 0/1 structure
+    (tmp_path / "half.json").write_text(json.dumps(half))
     refused = [path, "--sparsity", 0.6], [path, "--n_layer", 3], [path, "--n_head", 4], ["none.json"]
-    for flags in (*refused, [tmp_path / "whole.json"], [tmp_path / "null.json"]):
+    for flags in (*refused, *([tmp_path / f"{name}.json"] for name in ("whole", "null", "half"))):
         with pytest.raises(InputError, match="^structure"):
             run(tmp_path / "refused", "--structure", *flags)
     with pytest.raises(InputError, match="lies in out_dir, which is overwritten"):

@@ -196,7 +196,7 @@ def pairs(label):
 def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_names(monkeypatch):
     """Its configuration is named after a colon; a class that is missing is refused with its row."""
     hub = {("owner/name", "rte"): {"train": pairs([0, 1]), "dev": pairs([0]), "validation": pairs([1])}}
-    hub["owner/name", None] = {"train": pairs([0, None])}
+    hub["owner/name", None], hub["o/n", None] = {"train": pairs([0, None])}, {"train": pairs([0, 1, -1])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: hub[name, config])
     splits, notes = task("owner/name:rte", ["one", "two"])
     assert splits["train"] == [(("one 0", "two 0"), "same"), (("one 1", "two 1"), "other")]
@@ -205,6 +205,7 @@ def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_n
     refused("owner/name:other.* hub", "owner/name:other")
     refused("one, two, label.* --text_columns", "owner/name:rte")
     refused(r"train of owner/name, row 2\b", "owner/name", ["one"])
+    refused(r"train of o/n, row 3\b", "o/n", ["one"])
 
 
 def test_a_split_whose_labels_are_all_minus_one_has_none_and_a_tenth_of_train_stands_for_it(monkeypatch):
