@@ -370,7 +370,7 @@ def held_out(rows):
         if taken < len(rows) / 10 and taken + count <= max(1, len(rows) // 5):
             chosen.add(key)
             taken += count
-    if not 0 < taken < len(rows):
+    if not chosen:
         raise InputError("too few different texts in train to hold a tenth of them out: "
                          "are the columns of texts and labels swapped?")
     return [r for r in rows if r.key in chosen], [r for r in rows if r.key not in chosen]

@@ -196,12 +196,14 @@ def pairs(label):
 def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_names(monkeypatch):
     """Its configuration is named after a colon; a class that is missing is refused with its row."""
     hub = {("owner/name", "rte"): {"train": pairs([0, 1]), "dev": pairs([0]), "validation": pairs([1])}}
+    hub["owner/name", "rte"]["test"] = pairs([-1, -1])
     hub["owner/name", None], hub["o/n", None] = {"train": pairs([0, None])}, {"train": pairs([0, 1, -1])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: hub[name, config])
     splits, notes = task("owner/name:rte", ["one", "two"])
     assert splits["train"] == [(("one 0", "two 0"), "same"), (("one 1", "two 1"), "other")]
     assert splits["validation"] == splits["train"][1:] and list(splits) == SPLITS[:2]
-    assert notes == ["not read of owner/name:rte: dev"]
+    no_labels = "test of owner/name:rte has no labels: it is not read"
+    assert notes == ["not read of owner/name:rte: dev", no_labels]
     refused("owner/name:other.* hub", "owner/name:other")
     refused("one, two, label.* --text_columns", "owner/name:rte")
     refused(r"train of owner/name, row 2\b", "owner/name", ["one"])
@@ -392,7 +394,8 @@ def test_too_few_texts_or_classes_are_refused(tmp_path):
     few = save(tmp_path / "few.jsonl", sentences(2) * 10)
     one = save(tmp_path / "one.jsonl", sentences(30, label=lambda i: -1))
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
-    cases = [("too few", 0, few), ("two classes", 0, one), ("two classes", 0, target, one)]
+    cases = [("too few", 0, few), ("too few", 0, save(tmp_path / "single.jsonl", sentences(1)))]
+    cases += [("two classes", 0, one), ("two classes", 0, target, one)]
     cases += [("--aux_text_columns", 0, target, save(tmp_path / "other.csv", [{"a": "b"}]))]
     for reason, n, *tasks in [*cases, *((f"n_target {n}: of 20", n, target) for n in (1, 21))]:
         with pytest.raises(InputError, match=reason):
