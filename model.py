@@ -232,7 +232,7 @@ class GatedTransformer(nn.Module):
         drop = drop or [None] * (2 * len(self.blocks) + 1)
         if self.config.bert:
             x = self.norm(x)
-        x = scale(x, drop[-1])
+        x = scale(x, drop[-1])  # the last factor is that of the embedding
         for block, *factors in zip(self.blocks, z_head, z_ffn, drop[::2], drop[1::2]):
             x = block(x, attn_mask, *factors)
         if not self.config.bert:
