@@ -83,8 +83,10 @@ def word_pieces(vocab):
 
     @lru_cache(maxsize=2**17)
     def pieces(word):
+        if len(word) > 100:  # the tokenizer's limit
+            return [SPECIAL[UNK]]
         found, start = [], 0
-        while start < len(word) <= 100:  # the tokenizer's limit
+        while start < len(word):
             prefix, end = "##" if start else "", len(word)
             while end > start and prefix + word[start:end] not in known:
                 end -= 1
@@ -92,7 +94,7 @@ def word_pieces(vocab):
                 return [SPECIAL[UNK]]
             found.append(sys.intern(prefix + word[start:end]))
             start = end
-        return found or [SPECIAL[UNK]]
+        return found
 
     def tokenizer(text):
         plain = "".join(map(bert_character, unicodedata.normalize("NFD", text.lower())))

@@ -410,8 +410,10 @@ def fingerprint_of(data, parent, given):
     for examples in (data.train, data.validation, data.test, data.aux):
         if examples:
             arrays += [examples.label, np.array([len(ids) for ids in examples.ids]), *examples.ids]
-    said = repr([data.vocab, data.labels]).encode(errors="replace")
-    return hashlib.sha256(said + b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+    digest = hashlib.sha256(repr([data.vocab, data.labels]).encode(errors="replace"))
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def saved_run(args, fingerprint):

@@ -266,9 +266,10 @@ def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
     then name --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has
     none, and is not read.
     """
-    if spec in ("reviews:restaurant", "reviews:film"):
+    kind, _, domain = spec.partition(":")
+    if kind == "reviews" and domain in NOUNS:
         found = {}
-        for split, pairs in reviews(spec.removeprefix("reviews:")).items():
+        for split, pairs in reviews(domain).items():
             found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
     else:
         found = from_files(spec) if spec and Path(spec).exists() else from_hub(spec)
