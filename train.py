@@ -121,6 +121,7 @@ def check(args):
     needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
     learned = args.sparsity and args.structure == "learned"
     wrong = [
+        (not args.out_dir, "out_dir is empty"),
         (args.d_model % args.n_head, f"d_model {args.d_model} is no multiple of n_head"),
         (args.finetune_steps > args.steps, f"finetune_steps exceed the {args.steps} steps"),
         (learned and args.sparsity >= reachable, f"sparsity: gates reach at most {reachable:.3f}"),
@@ -649,16 +650,6 @@ def interval(values):
 # ----------------------------------------------------------------------------- the command line
 
 
-def last_checkpoint(args):
-    """A line for a run that was interrupted: where --resume would go on."""
-    place = "checkpoint.pt" if args.seeds == 1 else "*/checkpoint.pt"
-    found = sorted(Path(args.out_dir).glob(place), key=os.path.getmtime)
-    if not found:
-        return "interrupted; there is no checkpoint yet to go on from"
-    step = torch.load(found[-1], map_location="cpu", weights_only=True)["step"]
-    return f"interrupted; {found[-1]} is of step {step}: with --resume its command goes on from it"
-
-
 def main():
     """The command line."""
     args = parse_args()
@@ -676,7 +667,8 @@ def main():
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{last_checkpoint(args)}", file=sys.stderr)
+        print("\ninterrupted; with --resume the same command goes on from its last checkpoint, at "
+              f"most {EVAL_EVERY} steps back", file=sys.stderr)
         sys.exit(130)
 
 

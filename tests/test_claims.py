@@ -275,7 +275,7 @@ def test_ctrl_c_is_one_line_and_no_run_changes_the_process(tmp_path, monkeypatch
     real, before, during = loop.task_loss, surroundings(), []
     monkeypatch.setattr(loop, "EVAL_EVERY", 10)
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out_dir", str(tmp_path)])
-    for stop, told in ((5, "no checkpoint yet .*"), (25, "(?=.*--resume).* step 20\\b.*")):
+    for stop in (5, 25):
 
         def signalled(*a):
             during.append(surroundings())
@@ -284,7 +284,7 @@ def test_ctrl_c_is_one_line_and_no_run_changes_the_process(tmp_path, monkeypatch
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
             patch.setattr(loop, "task_loss", signalled)
             loop.main()
-        assert re.fullmatch(f"\ninterrupted.*{told}\n", capsys.readouterr().err)
+        assert re.fullmatch("\ninterrupted.*--resume.*\n", capsys.readouterr().err)
     for state in (*during, surroundings()):  # torch may make loggers, but those that were there stay
         assert before.items() <= state.items()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
@@ -361,7 +361,8 @@ BAD += [
     ("--device meta", "device meta is not"), ("--device cuda:99", "device cuda:99 is not available"),
     ("--device cuda:99 --init none.pt", "device cuda:99"), ("--structure botom", "structure is learned"),
     ("--init none.pt", "none.pt is missing, or"), ("--init .", ". cannot be loaded"),
-    ("--init=", "cannot be loaded"), ("--structure .", "structure"), ("--out_dir file/out", "file/out"),
+    ("--init=", "cannot be loaded"), ("--structure .", "structure"), ("--out_dir=", "out_dir is"),
+    ("--out_dir file/out", "file/out"),
 ]  # fmt: skip
 
 
