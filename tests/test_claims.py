@@ -316,7 +316,7 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
 
     monkeypatch.setattr(loop, "task_loss", counted)
     monkeypatch.setattr(loop, "EVAL_EVERY", 20)
-    assert " step 40" in main(*flags)[2]
+    assert "--resume" in main(*flags)[2]
     code, out, _ = main(*flags, "--resume")
     assert code == 0 and len(steps) == 2 * (60 + 58 + 60) + 5  # five steps were made twice
     assert list(dict.fromkeys(steps)) == [(3, 0.5), (3, 0.0), (4, 0.5), (4, 0.0)]
