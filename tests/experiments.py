@@ -710,7 +710,7 @@ def pictures():
         found = [column("built_in", name if n == 200 else f"{n} labels, {name}") for n in sizes]
         curve(right, sizes, found, recipe)
     right.axhline(50, color=GREY, lw=1)
-    right.set(xscale="log", xlabel="labelled sentences", ylabel="test accuracy, %", ylim=(45, 101))
+    right.set(xscale="log", xlabel="labels, built-in pair", ylabel="test accuracy, %", ylim=(45, 101))
     right.set_xticks(sizes, sizes)
     right.minorticks_off()
     right.legend(title="pruned by 70 %")

@@ -59,7 +59,7 @@ def same(a, b):
 
 def interrupted(folder, *flags, step=25, every=10):
     """A run that Ctrl-C ends in this step."""
-    real, stop = loop.task_loss, lambda: signal.raise_signal(signal.SIGINT)
+    real, stop = loop.task_loss, lambda: signal.default_int_handler(signal.SIGINT, None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "task_loss", lambda *a: stop() if a[3] == step else real(*a))
         run(folder, *flags, every=every)
