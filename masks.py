@@ -29,17 +29,17 @@ count the parameters of a head and of a feed-forward sublayer:
         gate_optimizer.step()
         gates.clamp_()
         controller.ascend(gap)
-    structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # 0/1: cut, then fine-tune
+    structure = select(gates.prob_open(), 0.7, head_size, ffn_size)  # 0/1: prune, fine-tune
 
 A bias behind a gate has to be gated too, or a closed unit still contributes: linear2.bias by
 z.ffn[i]; the bias of an output projection belongs to no head, so leave it out. With norm_first=True
-a closed sublayer is the identity and can be cut out; with post-norm its norm would remain. Give the
+a closed sublayer is the identity and can be removed; with post-norm its norm would remain. Give the
 gates no weight decay, and evaluate with gates.deterministic() while you prune. After the ramp gates
 need about (INIT + LIMIT) / lr more steps to settle, lr being that of the gates. A network of half
 precision takes z.head and z.ffn with `.to(x.dtype)`; log_alpha stays float32. A closed sublayer is
-cut by not calling it; single heads cannot be cut out of nn.MultiheadAttention, whose width is heads
-times head size: keep their zeros there, or use an attention of your own, as in model.py, where
-`extract` shows how units are cut out of the weights.
+pruned by not calling it; single heads cannot be removed from nn.MultiheadAttention, whose width is
+heads times head size: keep their zeros there, or use an attention of your own, as in model.py,
+where `extract` shows how units are removed from the weights.
 
 Left out on purpose: gates on single neurons and on the embedding width, and pruning without a size
 target (a bare L0 penalty). Letters in shape comments: L layers, H heads per layer.
@@ -129,33 +129,37 @@ def sparsity(z, head_size, ffn_size):
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Target sparsity at `step`: 0 up to prune_start, then a line (or a jump) to `sparsity`."""
+    """Target sparsity at `step`: 0 before prune_start, then a line (or a jump) to `sparsity`."""
     if prune_ramp == 0:
         return sparsity if step >= prune_start else 0.0
     return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
 
 
 # Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this
-# file. They go with a loss in nats: with a loss of another scale, scale SPRING and ASCENT alike.
-SPRING = 200.0  # pulls the expected sparsity to its target at once
-ASCENT = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one overshoots
-LAG = 0.02  # a larger gap counts as this much in the ascent
+# file. They go with a loss in nats: with a loss of another scale, scale PENALTY and DUAL_LR alike.
+PENALTY = 200.0  # coefficient of the quadratic penalty
+DUAL_LR = 60.0  # step size of the multiplier, per unit of gate_lr: a larger one overshoots
+MAX_GAP = 0.02  # the multiplier's update clips the gap to [-MAX_GAP, MAX_GAP]
 
 
 class Controller(nn.Module):
-    """Keeps the expected sparsity s at its target t by an augmented Lagrangian, gap = s - t:
+    """Keeps the expected sparsity s at its target t by an augmented Lagrangian. With gap = s - t,
 
-        penalty = lambda1 gap + SPRING gap^2,    lambda1 <- lambda1 + ASCENT gate_lr gap,
+        penalty = lambda1 gap + PENALTY gap^2,    lambda1 <- lambda1 + DUAL_LR gate_lr gap:
 
-    to be minimised over log_alpha while lambda1 ascends (Wang et al. 2020 let both factors ascend;
-    the second one's gradient is a square, so that it would climb for ever). The spring pulls at
-    once, but leaves a gap where the tasks push back. The multiplier adds up what the spring leaves,
-    until -lambda1 equals the rise, per unit of sparsity, of the loss that the gates minimise (with
-    transfer to the gates that of the target plus the weighted auxiliary one): it is the price of
-    the parameters. A gap beyond LAG counts as LAG, because gates move by about gate_lr a step at
-    most: lambda1 would add up mere lag, and overshoot.
+    the gates descend on the loss plus the penalty, and the Lagrange multiplier lambda1 ascends on
+    the penalty, whose gradient by lambda1 is the gap (dual ascent). Wang et al. 2020 also learn the
+    quadratic coefficient; its gradient gap^2 is never negative, so it only grows. Here it is
+    constant.
 
-    The penalty may be negative; what moves the gates is its slope lambda1 + 2 SPRING gap: they
+    The quadratic term acts at once, but leaves a gap where the loss pushes back. The multiplier
+    sums the gaps until none is left. At convergence -lambda1 is the marginal cost of sparsity: how
+    much the loss that the gates minimise (with transfer to the gates the target's plus the weighted
+    auxiliary one) rises per unit of sparsity. The update clips the gap, because gates move by about
+    gate_lr a step at most: while they catch up with the target, lambda1 would sum a gap that is
+    only delay, and overshoot.
+
+    The penalty may be negative; what moves the gates is its slope lambda1 + 2 PENALTY gap: they
     close while it is negative, and open while it is positive.
     """
 
@@ -166,12 +170,12 @@ class Controller(nn.Module):
 
     def penalty(self, gap):
         """To be added to the loss. gap: expected minus target sparsity, ()."""
-        return self.lambda1 * gap + SPRING * gap**2
+        return self.lambda1 * gap + PENALTY * gap**2
 
     @torch.no_grad()
     def ascend(self, gap):
-        """Move lambda1 by the gap: call it after every optimizer step."""
-        self.lambda1 += ASCENT * self.gate_lr * gap.clamp(-LAG, LAG)
+        """A step of dual ascent: call it after every optimizer step. gap: as in `penalty`."""
+        self.lambda1 += DUAL_LR * self.gate_lr * gap.clamp(-MAX_GAP, MAX_GAP)
 
 
 @torch.no_grad()

@@ -6,19 +6,17 @@
     python train.py --init sentence-transformers/all-MiniLM-L6-v2 --lr 1e-4 ...   # from a BERT
 
 Read `train` first: it is the whole run in the order in which things happen. What it calls stands
-below it, by topic; above it stand the flags and the check of what they say together.
+below it, by topic; above it stand the flags.
 """
 
 import argparse
 import copy
 import hashlib
 import json
-import math
 import os
-import re
-import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +27,11 @@ from tqdm import tqdm
 import masks
 import model
 import transfer
-from model import InputError, say
+from model import InputError
 
 
 def between(low, high, kind=float):
-    """For argparse: a number of this kind within [low, high]; else the run ends, exit code 2."""
+    """For argparse: a number of this kind within [low, high], or an error."""
 
     def parse(text):
         value = kind(text)
@@ -50,40 +48,51 @@ POSITIVE = between(1, 10_000_000, int)
 FRACTION = between(0, 0.99)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are InputErrors, as all others are."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
 def parse_args(argv=None):
-    """Flags of a run as a namespace; argv: list of strings, None = the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.usage = "python train.py [--flag value ...], see --help"
+    """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises
+    InputError.
+    """
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.usage = "python train.py [--flag value ...]"
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     # data
-    add("--target", default="reviews:restaurant", help="task to solve: folder, file, hub name")
+    add("--target", default="reviews:restaurant", help="task: folder, file, Hugging Face Hub name")
     add("--aux", help="auxiliary task, or none; None: reviews:film for the built-in target")
     add("--text_columns", nargs="+", default=["text"], help="columns of the texts: two for pairs")
     add("--label_column", default="label", help="column of the target's label")
     add("--aux_text_columns", nargs="+", default=["text"], help="columns of the auxiliary texts")
     add("--aux_label_column", default="label", help="column of the auxiliary label")
-    add("--n_target", type=NATURAL, default=200, help="target examples to train on; 0 = all")
-    add("--max_length", type=between(1, 4096, int), default=64, help="tokens read of a text")
-    add("--vocab_size", type=between(4, 10**9, int), help="tokens known; None: 10,000, a BERT: all")
+    add("--n_target", type=NATURAL, help="target examples to train on, 0 = all; None: 200 built-in")
+    add("--max_length", type=between(1, 4096, int), default=64, help="maximum sequence length")
+    add("--vocab_size", type=between(4, 10**9, int), help="vocabulary; None: 10,000, a BERT: whole")
     # model
-    add("--init", help="start from a dense run's pruned.pt, or a BERT: folder or hub name")
+    add("--init", help="start from a dense run's pruned.pt, or a BERT: folder or Hub name")
     add("--n_layer", type=between(1, 100, int), help="layers; None: the parent's, else 4")
     add("--n_head", type=between(1, 1000, int), help="heads per layer; None: likewise")
-    add("--d_model", type=between(1, 10_000, int), help="width; None: the parent's, else 64")
+    add("--d_model", type=between(1, 10_000, int), help="hidden size; None: the parent's, else 64")
     add("--dropout", type=FRACTION, default=0.1, help="dropout probability")
-    # pruning
-    add("--sparsity", type=FRACTION, default=0.7, help="fraction of the prunable weights to cut")
+    # pruning; gates that are all closed have an expected sparsity of 0.968
+    add("--sparsity", type=between(0, 0.96), default=0.7, help="share of prunable weights to prune")
     add("--prune_start", type=NATURAL, default=500, help="step at which sparsity starts to rise")
     add("--prune_ramp", type=NATURAL, default=1000, help="steps over which it rises")
-    add("--finetune_steps", type=POSITIVE, default=800, help="last steps, after the cut")
-    add("--structure", default="learned", help="learned, random, bottom, or a result.json")
+    add("--finetune_steps", type=POSITIVE, default=800, help="last steps, after pruning")
+    add("--structure", help="bottom, random, or a result.json: prune to it, without gates")
     # transfer
     add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss")
-    add("--transfer_start", type=NATURAL, default=1000, help="when: first step with transfer")
+    add("--transfer_start", type=NATURAL, default=0, help="when: first step with transfer")
     add("--transfer_stop", type=NATURAL, default=10_000_000, help="when: first step without")
-    add("--coupling", choices=["sum", "project"], default="sum", help="how; project: no conflicts")
-    add("--transfer", choices=["both", "weights", "gates"], default="both", help="what it changes")
+    add("--coupling", choices=["sum", "project"], default="sum",
+        help="how; project: remove the auxiliary gradient's component against the target's")
+    add("--transfer", choices=["both", "weights", "gates"], default="both",
+        help="what: parameters that the auxiliary loss trains")
     # optimization
     add("--steps", type=POSITIVE, default=3000, help="optimizer steps in all")
     add("--batch_size", type=between(1, 10_000, int), default=32, help="examples per task and step")
@@ -96,43 +105,34 @@ def parse_args(argv=None):
     add("--seeds", type=between(1, 1000, int), default=1, help="seeds, with and without transfer")
     add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=device, help="where the networks are")
     args = parser.parse_args(argv)
+    built_in = args.target == "reviews:restaurant"
     if args.aux is None:  # a user's task trains alone unless a second one is named
-        args.aux = "reviews:film" if args.target == "reviews:restaurant" else "none"
+        args.aux = "reviews:film" if built_in else "none"
+    if args.n_target is None:
+        args.n_target = 200 if built_in else 0
     if args.aux == "none":
         args.aux_weight = 0.0
+
+    # what would run, but not do what was meant
+    needed = args.finetune_steps
+    if args.sparsity and not args.structure:  # the ramp, and the time that a gate takes to close
+        needed += args.prune_start + args.prune_ramp
+        needed += int((masks.INIT + masks.LIMIT) / args.gate_lr)
+    if needed > args.steps:
+        parser.error(f"--steps {args.steps}: the phases need {needed} with these flags")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if args.structure and not args.sparsity:
+        parser.error("--structure is what a run prunes to: it contradicts --sparsity 0")
+    if args.seeds > 1 and not args.aux_weight:
+        parser.error("--seeds compares runs with and without transfer: it needs --aux")
+    for path in (Path(args.init or ""), Path(args.structure or "")):
+        if path.is_file() and path.resolve().parent == Path(args.out_dir).resolve():
+            parser.error(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
     return args
-
-
-def check(args):
-    """Raise InputError for flags that contradict each other; ranges stand in `parse_args`."""
-    for path in (args.init or "", args.structure):
-        if Path(path).is_file() and Path(path).resolve().parent == Path(args.out_dir).resolve():
-            raise InputError(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
-    head, ffn = model.unit_sizes(args.d_model, args.n_head)
-    room = (1 - args.sparsity) * args.n_layer * (args.n_head * head + ffn)  # may stay
-    closed = masks.prob_open(torch.full((args.n_layer, args.n_head + 2), -masks.LIMIT))
-    reachable = masks.sparsity(masks.Gates.combine(closed), head, ffn).item()
-    available = args.steps - args.finetune_steps - args.prune_start  # steps in which gates can move
-    closing = (masks.INIT + masks.LIMIT) / args.gate_lr  # steps, at Adam's speed, to close a gate
-    # the ramp or, if longer, two closings (gates follow it at half Adam's speed); then one more, in
-    # which the multiplier settles
-    needed = math.ceil(max(args.prune_ramp, 2 * closing) + closing)
-    learned = args.sparsity and args.structure == "learned"
-    wrong = [
-        (not args.out_dir, "out_dir is empty"),
-        (args.d_model % args.n_head, f"d_model {args.d_model} is no multiple of n_head"),
-        (args.finetune_steps > args.steps, f"finetune_steps exceed the {args.steps} steps"),
-        (learned and args.sparsity >= reachable, f"sparsity: gates reach at most {reachable:.3f}"),
-        (room < head, f"sparsity {args.sparsity} leaves no room for a single head"),
-        (learned and needed > available,
-         f"pruning needs {needed} steps with this prune_ramp and gate_lr, there are {available} "
-         "between prune_start and fine-tuning"),
-    ]  # fmt: skip
-    for is_wrong, message in wrong:
-        if is_wrong:
-            raise InputError(message)
 
 
 # ----------------------------------------------------------------------------- the run
@@ -142,34 +142,40 @@ EVAL_EVERY = 100  # steps between two evaluations on the validation split, each 
 
 def train(args):
     """One run from data to network. Returns the dict in result.json. Raises InputError."""
-    # ---- data, network, gates; whatever can be refused is refused before anything is written
-    parent = read_parent(args)
-    args = with_shape(args, parent)
-    check(args)
+    # ---- data, network, gates
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
-    given = given_structure(args)  # None if gates learn it
-    data = load(args, parent)
-    fingerprint = fingerprint_of(data, parent, given)
+    out = Path(args.out_dir)
+    parent = read_parent(args)
+    args = copy.copy(args)  # completed by the parent's shape, or the default
+    args.n_layer = len(parent.config.heads) if parent else args.n_layer or 4
+    args.n_head = parent.config.heads[0] if parent else args.n_head or 4
+    args.d_model = parent.config.d_model if parent else args.d_model or 64
+    if args.d_model % args.n_head:
+        raise InputError(f"d_model {args.d_model} is no multiple of n_head {args.n_head}")
+    sizes = model.unit_sizes(args.d_model, args.n_head)
+    given = given_structure(args, sizes) if args.structure else None  # None: gates learn it
+    data = transfer.prepare(args, parent)
+    print_data(data, args.max_length)
     torch.manual_seed(args.seed)  # not earlier: reading a parent draws random numbers
     net = dense_network(args, data, parent)
-    if parent:
-        inherit(net, parent)
+    digest = digest_of(data, parent, given)
+    params_dense = sum(p.numel() for p in net.parameters())
     gates = masks.Gates(args.n_layer, args.n_head).to(args.device)
     controller = masks.Controller(args.gate_lr).to(args.device)
     optimizer = weight_optimizer(net, args.weight_decay)
     # a short memory, because the push of the controller changes its sign often
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
     structure = gates.combine(torch.ones_like(gates.log_alpha))  # all units, until it is chosen
-    first, history, cut, began = 0, [], {}, time.time()
+    start_step, start_time, history, cut = 0, time.time(), [], {}
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
-    saved = saved_run(args, fingerprint)
-    if saved and "step" not in saved:
+    saved = read_saved(args, digest)
+    if saved and "net" not in saved:
         return saved  # the result of a finished run
     if saved:
-        first, began = saved["step"], time.time() - saved["seconds"]
-        history, cut, best = saved["history"], saved["cut"], saved["best"]
+        start_step, history = saved["step"], saved["history"]
+        cut, best = saved["cut"], saved["best"]
         if cut:
             structure = masks.Units(*saved["structure"])
             net = model.extract(net, structure)
@@ -181,24 +187,25 @@ def train(args):
         gate_optimizer.load_state_dict(saved["gate_optimizer"])
 
     # ---- schedule and batches
+    if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
+        print("note: no transfer: transfer_start is not before transfer_stop and steps")
     finetune_start = args.steps - args.finetune_steps
     learned = args.sparsity and given is None
     prune_start = args.prune_start if learned else finetune_start
-    prune_ramp = args.prune_ramp if learned else 0
-    sizes = model.unit_sizes(args.d_model, args.n_head)
     target = Task("target", data.train, args)
     auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
 
     # ---- the loop; with a bar on a terminal
-    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None):
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    for step in tqdm(range(start_step, args.steps), disable=not on_terminal):
         phase = phase_at(step, prune_start, finetune_start)
-        if step == finetune_start and args.sparsity:  # the structure is chosen and cut out
+        if step == finetune_start and args.sparsity:  # the structure is chosen, the rest pruned
             cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
             structure = given or masks.select(gates.prob_open(), args.sparsity, *sizes)
             net = model.extract(net, structure)
             optimizer = weight_optimizer(net, args.weight_decay)  # Adam's had the old shapes
             cut["accuracy_after_cut"] = accuracies(net, None, data, args.device)
-        at_work = gates if phase == "prune" else None  # None: all units are open
+        active = gates if phase == "prune" else None  # None: all units are open
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
@@ -207,44 +214,52 @@ def train(args):
         window = (args.transfer_start, args.transfer_stop)
         aux_weight = transfer.aux_weight_at(step, args.aux_weight, *window)
         shared = transfer.transferred(parameters, args.transfer)
-        loss_target = task_loss(net, at_work, target, step, args)
+        loss_target = task_loss(net, active, target, step, args)
         g_target, g_aux = gradients(loss_target, parameters), {}
-        terms = {"smoothed_loss_target": loss_target.item(), "smoothed_loss_aux": 0.0}
+        loss_aux = penalty = torch.zeros(())
         if aux_weight:
-            loss_aux = task_loss(net, at_work, auxiliary, step, args)
+            loss_aux = task_loss(net, active, auxiliary, step, args)
             g_aux = gradients(aux_weight * loss_aux, shared)
-            terms["smoothed_loss_aux"] = loss_aux.item()
 
         # how the gradients of the tasks are coupled; the controller is no task, and comes after
         update = transfer.couple(g_target, g_aux, args.coupling)
-        prob = gates.prob_open() if at_work else structure
-        terms["penalty"] = 0.0
-        terms["target_sparsity"] = masks.sparsity_at(step, args.sparsity, prune_start, prune_ramp)
-        if at_work:
-            gap = masks.sparsity(prob, *sizes) - terms["target_sparsity"]
+        prob = gates.prob_open() if active else structure
+        target_sparsity = args.sparsity if phase == "finetune" else 0.0
+        if active:
+            target_sparsity = masks.sparsity_at(step, args.sparsity, prune_start, args.prune_ramp)
+            gap = masks.sparsity(prob, *sizes) - target_sparsity
             penalty = controller.penalty(gap)
             update["log_alpha"] = update["log_alpha"] + gradients(penalty, parameters)["log_alpha"]
-            terms["penalty"] = penalty.item()
         for name, p in parameters.items():
             p.grad = update.get(name)
-        terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0).item()
-        terms["lambda1"] = controller.lambda1.item()
-        if not all(math.isfinite(term) for term in terms.values()):
-            raise InputError(f"step {step}: {terms}; try a lower --lr")
+        lambda1 = controller.lambda1.item()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        if not norm.isfinite():
+            raise InputError(f"step {step}: the gradient is not finite; try a lower --lr")
         optimizer.step()
         gate_optimizer.step()
-        if at_work:
+        if active:
             gates.clamp_()
             controller.ascend(gap)
 
         # evaluation, the best network of the fine-tuning, checkpoint
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
-            z = gates.deterministic() if at_work else None
+            z = gates.deterministic() if active else None
             scores = evaluate(net, data.validation, z, args.device)
-            # terms and prob are from before the update, as the controller saw them; z is from after
-            row = {"step": step + 1, "phase": phase, "aux_weight": aux_weight, **terms}
-            row |= gate_numbers(prob, z or structure, sizes)
-            row |= {f"validation_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}
+            # losses, lambda1 and prob are from before the update, as the controller saw them
+            row = {
+                "step": step + 1,
+                "phase": phase,
+                "aux_weight": aux_weight,
+                "loss_target": loss_target.item(),
+                "loss_aux": loss_aux.item(),
+                "penalty": penalty.item(),
+                "lambda1": lambda1,
+                "gradient_norm": norm.item(),
+                "target_sparsity": target_sparsity,
+                **gate_numbers(prob, z or structure, sizes),
+                **{f"validation_{name}": score for name, score in scores.items()},
+            }
             history.append(row)
             tqdm.write(f"step {step + 1:5d}  {phase:8}  sparsity {row['expected_sparsity']:.3f}  "
                        f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}")
@@ -253,9 +268,8 @@ def train(args):
                 best = {"score": score, "weights": copy.deepcopy(net.state_dict())}
             checkpoint = {
                 "args": vars(args),
-                "fingerprint": fingerprint,
+                "digest": digest,
                 "step": step + 1,
-                "seconds": time.time() - began,
                 "history": history,
                 "cut": cut,
                 "best": best,
@@ -266,14 +280,16 @@ def train(args):
                 "optimizer": optimizer.state_dict(),
                 "gate_optimizer": gate_optimizer.state_dict(),
             }
-            save_checkpoint(checkpoint, args.out_dir)
+            save_checkpoint(checkpoint, out)
 
     # ---- final report
     net.load_state_dict(best["weights"])
-    result = summary(net, args, data, parent, gates if learned else None, structure) | cut
-    result |= {"validation_accuracy": best["score"][0], "fingerprint": fingerprint}
-    result["seconds"] = time.time() - began
-    save_result(result, net, args.out_dir)
+    net.save(out / "pruned.pt")
+    result = summary(net, args, data, gates.prob_open() if learned else structure, structure) | cut
+    result |= {"validation_accuracy": best["score"][0], "params_dense": params_dense}
+    result |= {"seconds": time.time() - start_time, "digest": digest}
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
     return result
 
 
@@ -282,10 +298,6 @@ def train(args):
 
 def read_parent(args):
     """The dense network that --init names, on --device, or None. Raises InputError."""
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {args.device} is not available here") from None
     if args.init is None:
         return None
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
@@ -293,88 +305,74 @@ def read_parent(args):
     config = parent.config
     if set(config.heads) != {config.d_model // config.d_head} or not all(config.ffn):
         raise InputError(f"init: {args.init} is pruned; a parent is of a run with --sparsity 0")
+    if not all(p.isfinite().all() for p in parent.parameters()):
+        raise InputError(f"init: {args.init} has weights that are not finite (NaN or infinite)")
+    if args.max_length > config.max_length:
+        raise InputError(f"max_length: {args.init} reads at most {config.max_length} tokens")
+    shape = {"n_layer": len(config.heads), "n_head": config.heads[0], "d_model": config.d_model}
+    for name, value in shape.items():
+        if getattr(args, name) not in (None, value):
+            raise InputError(f"{name}: {args.init} has {value}; leave the flag out")
+    if config.bert and args.lr > 3e-4:
+        print(f"note: lr {args.lr:g} is high for a BERT, which forgets: try 1e-4")
     return parent
 
 
-def with_shape(args, parent):
-    """The flags, completed by the shape of the network: the parent's, or the default."""
-    shape = {"n_layer": 4, "n_head": 4, "d_model": 64}
-    if parent:
-        heads, longest = parent.config.heads, parent.config.max_length
-        shape = {"n_layer": len(heads), "n_head": heads[0], "d_model": parent.config.d_model}
-        if args.max_length > longest:
-            raise InputError(f"max_length: {args.init} reads at most {longest} tokens")
-    named = {name: value for name, value in vars(args).items() if value is not None}
-    for name, value in shape.items():
-        if parent and named.get(name, value) != value:
-            raise InputError(f"{name} {named[name]}: {args.init} has {value}; leave the flag out")
-    return argparse.Namespace(**(vars(args) | shape | named))
+def given_structure(args, sizes):
+    """The structure that --structure names, Units of zeros and ones. sizes: of model.unit_sizes.
 
-
-def given_structure(args):
-    """The structure that --structure names, Units of zeros and ones; None if gates choose it."""
-    L, H = args.n_layer, args.n_head
-    sizes = model.unit_sizes(args.d_model, H)
-    if args.structure == "learned":
-        return None
-    if args.structure in ("random", "bottom"):
-        height = torch.linspace(1, 0, L)
-        prob = masks.Units(height.view(L, 1).expand(L, H), height)
+    bottom keeps the lowest layers; random keeps random units, drawn by seed. Raises InputError.
+    """
+    if args.structure in ("bottom", "random"):
+        height = torch.linspace(1, 0, args.n_layer)
+        prob = masks.Units(height.view(-1, 1).repeat(1, args.n_head), height)
         if args.structure == "random":
-            draw = torch.Generator().manual_seed(100 * args.seed)  # more: from 100 s + i
-            prob = masks.Units(torch.rand(L, H, generator=draw), torch.rand(L, generator=draw))
+            draw = torch.Generator().manual_seed(100 * args.seed)
+            prob = masks.Units(*(torch.rand(p.shape, generator=draw) for p in prob))
         return masks.select(prob, args.sparsity, *sizes)
     try:
         result = json.loads(Path(args.structure).read_text())
-        heads, ffn = (torch.tensor(result[f"{unit}_kept"]).bool() for unit in ("heads", "ffn"))
-        kept = masks.Units(heads, ffn)
-        requested, shape = result["target_sparsity"], (*kept.head.shape, *kept.ffn.shape)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        raise InputError("structure is learned, random, bottom or a run's result.json") from None
+        kept = masks.Units(*(torch.tensor(result[k]).bool() for k in ("heads_kept", "ffn_kept")))
+    except Exception as error:  # whatever a missing, truncated or foreign file provokes
+        raise InputError(f"structure: {args.structure} is no run's result.json: {error}") from None
+    if (kept.head.shape, kept.ffn.shape) != ((args.n_layer, args.n_head), (args.n_layer,)):
+        raise InputError(f"structure: {args.structure} is of a network of another shape")
+    kept = masks.Units(kept.head.float(), kept.ffn.float())
     delivered = masks.sparsity(kept, *sizes)
-    if (requested, shape) != (args.sparsity, (L, H, L)) or delivered < requested - 1e-6:
-        raise InputError(f"structure: {args.structure} has other layers or heads, or sparsity")
-    return masks.Units(kept.head.float(), kept.ffn.float())
+    if result.get("target_sparsity") != args.sparsity or delivered < args.sparsity - 1e-6:
+        raise InputError(f"structure: {args.structure} has a sparsity of {delivered:.3f}, and it is "
+                         f"not of a run with --sparsity {args.sparsity}")
+    return kept
 
 
-def load(args, parent=None):
-    """The Data of a run. parent: the network to start from."""
-    target = (args.target, args.text_columns, args.label_column)
-    aux = (args.aux, args.aux_text_columns, args.aux_label_column) if args.aux != "none" else None
-    data = transfer.prepare(target, aux, n_target=args.n_target, max_length=args.max_length,
-                            vocab_size=args.vocab_size, seed=args.seed, parent=parent)
-    if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        data.notes.append("no transfer: transfer_start is not before transfer_stop or steps")
-    if parent and parent.config.bert and args.lr > 3e-4:
-        data.notes.append(f"lr {args.lr:g} is high for a BERT, which forgets: try 1e-4")
-    print_data(data)
-    return data
-
-
-def print_data(data):
+def print_data(data, max_length):
     """What was read, in a few lines."""
-    for task in data.labels:
-        about = data.record[task]
-        names = about["labels"]
-        say(f"{task} {about['splits']['train']}, {len(names)} classes: {', '.join(names)[:70]}")
-        for split, n in about["examples"].items():
-            say(f"  {split}: {n} examples of {about['splits'][split]}")
-        *texts, name = about["first"]
-        say(f"  the first is {name[:40]!r}: {' | '.join(texts)[:80]!r}")
-    unknown = data.record["unknown"]
-    say(f"{len(data.vocab)} known tokens; unknown are {unknown['train']:.1%} in training, "
-        f"{unknown['test']:.1%} in test")
-    for note in data.notes:
-        say(f"note: {note}")
+    for task, names in data.labels.items():
+        print(f"{task}: {len(names)} classes: {', '.join(names)[:70]}")
+    for split in ("train", "validation", "test", "aux"):
+        if examples := getattr(data, split):
+            n, unknown = len(examples.ids), np.mean(np.concatenate(examples.ids) == model.UNK)
+            print(f"  {split}: {n} examples; {unknown:.1%} of the tokens are unknown")
+            if n < 100 and split in ("validation", "test"):
+                print(f"note: only {n} {split} texts: accuracies are uncertain")
+            full = np.mean([len(text) == max_length for text in examples.ids])
+            if full > 0.1:
+                print(f"note: {full:.0%} of the {split} texts fill max_length or were truncated")
+    first = " ".join(data.vocab[token] for token in data.train.ids[0])
+    print(f"  the first: {first[:70]}: {data.labels['target'][data.train.label[0]]}")
 
 
 def dense_network(args, data, parent=None):
-    """The network before pruning, with random weights; of the parent's kind, if there is one."""
-    bert = parent is not None and parent.config.bert
+    """The network before pruning, with random weights or, where it has such, the parent's."""
     shape = (len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head)
     heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
-    config = model.Config(*shape, heads, ffn, n_texts=len(args.text_columns), bert=bert)
-    return model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
+    config = model.Config(*shape, heads, ffn, n_texts=len(args.text_columns))
+    if parent:
+        config = replace(config, bert=parent.config.bert, cased=parent.config.cased)
+    net = model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
+    if parent:
+        inherit(net, parent)
+    return net
 
 
 @torch.no_grad()
@@ -403,66 +401,49 @@ def weight_optimizer(net, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
 
-def fingerprint_of(data, parent, given):
-    """A hash of all that a run reads. Runs that share it and their flags end in the same bits."""
-    arrays = [part.numpy() for part in given or ()]
-    if parent:
-        arrays += [p.detach().cpu().numpy() for p in parent.parameters()]
-    for examples in (data.train, data.validation, data.test, data.aux):
-        if examples:
-            arrays += [examples.label, np.array([len(ids) for ids in examples.ids]), *examples.ids]
-    digest = hashlib.sha256(repr([data.vocab, data.labels]).encode(errors="replace"))
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
+def digest_of(data, parent, given):
+    """A hash of what a run reads: words, class names, examples, a parent's weights, a structure."""
+    digest = hashlib.sha256(repr([data.vocab, data.labels]).encode())
+    for examples in filter(None, (data.train, data.validation, data.test, data.aux)):
+        for array in (examples.label, [len(ids) for ids in examples.ids], *examples.ids):
+            digest.update(np.asarray(array).tobytes())
+    for tensor in (*(parent.parameters() if parent else ()), *(given or ())):
+        digest.update(tensor.numpy(force=True))
+    return digest.hexdigest()
 
 
-def saved_run(args, fingerprint):
-    """What --resume finds: a checkpoint, else the result of a finished run, else None.
+def read_saved(args, digest):
+    """What --resume finds in out_dir: a checkpoint, else the result of a finished run, else None.
 
-    Raises InputError if it is of a run with other flags or one that read something else. For a new
-    run the folder is made, or emptied: it belongs to one run.
+    Makes out_dir. Raises InputError for a run with other flags, or one that read something else.
     """
     out = Path(args.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
     found = [out / name for name in ("checkpoint.pt", "result.json") if (out / name).exists()]
     if not args.resume or not found:
-        if args.resume:
-            say(f"note: there is no run in {out} to resume: starting at step 0")
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "result.json", "history.jsonl", "pruned.pt"):
-            if (out / name).exists():
-                say(f"note: {out / name} of an earlier run is removed")
-                (out / name).unlink()
         return None
     try:
         if found[0].suffix == ".pt":
             saved = torch.load(found[0], map_location=args.device, weights_only=True)
         else:
             saved = json.loads(found[0].read_text())
-        flags = dict(saved["args"])
+        flags, saved_digest = dict(saved["args"]), saved["digest"]
     except Exception:  # whatever a truncated or foreign file provokes
         raise InputError(f"{found[0]} cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
-            raise InputError(f"{args.out_dir} holds a run with {name} {flags.get(name)}")
-    if saved.get("fingerprint") != fingerprint:
-        raise InputError(f"{args.out_dir} holds a run on other data, parent or structure")
+            raise InputError(f"{found[0]} is of a run with {name} {flags.get(name)}")
+    if saved_digest != digest:
+        raise InputError(f"{found[0]} is of a run on other data, parent or structure")
     return saved
 
 
-def save_checkpoint(checkpoint, out_dir):
+def save_checkpoint(checkpoint, out):
     """Write history.jsonl, and checkpoint.pt: whole or as before, whatever happens."""
     lines = [json.dumps(row) + "\n" for row in checkpoint["history"]]
-    Path(out_dir, "history.jsonl").write_text("".join(lines))
-    torch.save(checkpoint, Path(out_dir, "checkpoint.tmp"))
-    os.replace(Path(out_dir, "checkpoint.tmp"), Path(out_dir, "checkpoint.pt"))
-
-
-def save_result(result, net, out_dir):
-    """Write pruned.pt and result.json, and remove the checkpoint."""
-    net.save(Path(out_dir, "pruned.pt"))
-    Path(out_dir, "result.json").write_text(json.dumps(result, indent=1))
-    Path(out_dir, "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
+    (out / "history.jsonl").write_text("".join(lines))
+    torch.save(checkpoint, out / "checkpoint.tmp")
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
 
 # ----------------------------------------------------------------------------- one step
@@ -479,7 +460,7 @@ class Task:
 
 
 def phase_at(step, prune_start, finetune_start):
-    """The phase of a run at `step`; gates are at work in "prune"."""
+    """The phase of a run at `step`; gates are active in "prune"."""
     if step >= finetune_start:
         return "finetune"
     return "prune" if step >= prune_start else "dense"
@@ -510,8 +491,8 @@ def task_loss(net, gates, task, step, args):
     generator = torch.Generator(args.device).manual_seed(noise_seed(args.seed, task.name, step))
     ids, labels = task.examples.batch(task.order(step), args.device)
     z = gates.sample(generator) if gates else None
-    drop = model.dropout_noise(net, args.batch_size, args.dropout, generator)
-    logits = net(ids, task.name, z, drop)
+    dropout_masks = model.dropout_masks(net, args.batch_size, args.dropout, generator)
+    logits = net(ids, task.name, z, dropout_masks)
     return F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 
 
@@ -529,24 +510,20 @@ def evaluate(net, examples, z, device):
     """Scores of the target task, a dict. z: gates or None.
 
     accuracy, macro_f1 (the mean over classes that occur or are predicted), loss (nats per example,
-    without label smoothing), confusion (true class, predicted class; None from 100 classes on).
+    without label smoothing).
     """
-    length = np.array([len(ids) for ids in examples.ids])
-    order = np.argsort(length, kind="stable")  # similar lengths together: little padding
-    at_once = max(1, 256**3 // max(256, length.max()) ** 2)  # texts; attention takes length**2 each
-    parts = np.array_split(order, max(1, len(order) // at_once))
-    logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts])
-    logits = logits.float().cpu()  # (N, C)
+    # similar lengths together: little padding
+    order = np.argsort([len(ids) for ids in examples.ids], kind="stable")
+    parts = [order[start : start + 64] for start in range(0, len(order), 64)]
+    logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts]).cpu()
     labels, predicted = torch.from_numpy(examples.label[order]), logits.argmax(1)
     C = logits.shape[1]
     hits = labels[labels == predicted].bincount(minlength=C)
     f1 = 2 * hits.double() / (labels.bincount(minlength=C) + predicted.bincount(minlength=C))
-    pairs = labels * C + predicted
     return {
         "accuracy": hits.sum().item() / len(labels),
         "macro_f1": f1.nanmean().item(),  # nan: a class that neither occurs nor is predicted
         "loss": F.cross_entropy(logits, labels).item(),
-        "confusion": pairs.bincount(minlength=C * C).view(C, C).tolist() if C < 100 else None,
     }
 
 
@@ -558,36 +535,30 @@ def accuracies(net, z, data, device):
 
 def gate_numbers(prob, z, sizes):
     """What is reported about gates: probabilities and values, Units; sizes of model.unit_sizes."""
-    head, ffn = (p.cpu().double().round(decimals=4).tolist() for p in prob)
     return {
         "expected_sparsity": masks.sparsity(prob, *sizes).item(),
         "deterministic_sparsity": masks.sparsity(masks.Units(z.head > 0, z.ffn > 0), *sizes).item(),
-        "prob_open": {"head": head, "ffn": ffn},
+        "prob_open": {"head": prob.head.tolist(), "ffn": prob.ffn.tolist()},
     }
 
 
-def summary(net, args, data, parent, gates, structure):
-    """What result.json says of the final network: scores, gates, size beside the dense one's.
-
-    gates: None if they did not learn the structure, Units of zeros and ones. Rest as in `train`.
-    """
-    prob = gates.prob_open() if gates else structure
-    label, dense = data.test.label, dense_network(args, data, parent)
+def summary(net, args, data, prob, structure):
+    """What result.json says of the final network: scores, gates, size. prob, structure: Units."""
+    sizes, label = model.unit_sizes(args.d_model, args.n_head), data.test.label
     scores = evaluate(net, data.test, None, args.device)
+    splits = [split for split in ("train", "validation", "test", "aux") if getattr(data, split)]
     return {
-        **{f"test_{name}": score for name, score in scores.items()},
+        "test_accuracy": scores["accuracy"],
+        "test_macro_f1": scores["macro_f1"],
         "test_majority": np.bincount(label).max().item() / len(label),
-        "label_order": data.labels["target"],
         "target_sparsity": args.sparsity,
-        "delivered_sparsity": 1 - model.prunable(net) / model.prunable(dense),
-        **gate_numbers(prob, structure, model.unit_sizes(args.d_model, args.n_head)),
+        "delivered_sparsity": masks.sparsity(structure, *sizes).item(),
+        **gate_numbers(prob, structure, sizes),
         "heads_kept": structure.head.int().tolist(),
         "ffn_kept": structure.ffn.int().tolist(),
-        "params_dense": sum(p.numel() for p in dense.parameters()),
         "params_pruned": sum(p.numel() for p in net.parameters()),
-        "data": data.record,
-        "notes": data.notes,
-        "seed": args.seed,
+        "class_names": data.labels,
+        "examples": {split: len(getattr(data, split).ids) for split in splits},
         "args": vars(args),
         "torch": torch.__version__,
     }
@@ -605,46 +576,39 @@ def report(r):
         print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
     for i, (heads, ffn) in enumerate(zip(r["heads_kept"], r["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    say(f"training took {r['seconds']:.0f} s; pruned.pt, result.json and history.jsonl are in "
-        f"{r['args']['out_dir']}/")
+    print(f"training took {r['seconds']:.0f} s; pruned.pt, result.json and history.jsonl are in "
+          f"{r['args']['out_dir']}/")
 
 
 # ----------------------------------------------------------------------------- several seeds
 
 
 def compare(args):
-    """Run every seed with transfer and without; print means, 95 % intervals and what transfer adds.
-
-    With --resume finished runs are not made again.
+    """Run every seed with transfer and without, each in a folder of its own in out_dir; print means
+    and what transfer adds, paired by seed. With --resume no complete run is trained again.
     """
-    weights = {"transfer": args.aux_weight} if args.aux_weight else {}
-    weights["no_transfer"] = 0.0
-    results = {name: [] for name in weights}
+    results = {"transfer": [], "no_transfer": []}
     for seed in range(args.seed, args.seed + args.seeds):
-        for name, aux_weight in weights.items():
-            out_dir = str(Path(args.out_dir, f"{name}_{seed}"))
-            say(f"seed {seed}, {name}, in {out_dir}:")
+        for name, runs in results.items():
+            aux_weight = args.aux_weight if name == "transfer" else 0.0
+            out_dir = f"{args.out_dir}/{name}_{seed}"
+            print(f"seed {seed}, {name}, in {out_dir}:")
             changed = {"seed": seed, "aux_weight": aux_weight, "out_dir": out_dir}
-            results[name].append(train(argparse.Namespace(**{**vars(args), **changed})))
+            runs.append(train(argparse.Namespace(**(vars(args) | changed))))
     for split in ("validation", "test"):
-        points = {name: [100 * result[f"{split}_accuracy"] for result in runs]
-                  for name, runs in results.items()}
-        if args.aux_weight:
-            gains = np.subtract(points["transfer"], points["no_transfer"])
-            points["gain, paired by seed"] = gains.tolist()
-        for name, values in points.items():
-            mean, half = interval(values)
-            print(f"{split:10}  {name:20}  {mean:5.1f}, "
-                  f"95 % interval [{mean - half:.1f}, {mean + half:.1f}]")
+        helped, alone = ([100 * r[f"{split}_accuracy"] for r in runs] for runs in results.values())
+        gain, half = interval(np.subtract(helped, alone))
+        print(f"{split} accuracy {np.mean(helped):.1f} with transfer, {np.mean(alone):.1f} without,"
+              f" gain {gain:.1f}, 95 % t-interval {gain - half:.1f} to {gain + half:.1f}")
 
 
 def interval(values):
     """Mean and half-width of the 95 % t-interval of independent values (nan for a single one)."""
     t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # 1 to 7 degrees of freedom
     t975 += (2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
     t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 a little too wide
-    return statistics.mean(values), t * deviation / len(values) ** 0.5
+    return np.mean(values), t * deviation / len(values) ** 0.5
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -652,24 +616,19 @@ def interval(values):
 
 def main():
     """The command line."""
-    args = parse_args()
+    # names that the console cannot encode are escaped, and a log file grows line by line
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
+        args = parse_args()
         if args.seeds > 1:
             compare(args)
         else:
             report(train(args))
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        reason = (str(error) or "out of memory").splitlines()[0]
-        if isinstance(error, RuntimeError):
-            if not re.search("memory|enforce fail", reason):
-                raise  # a fault of the program
-            reason = f"memory or disk is too small: {reason}"
-        print(f"error: {reason}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; with --resume the same command goes on from its last checkpoint, at "
-              f"most {EVAL_EVERY} steps back", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("\ninterrupted; the same command with --resume continues from the last checkpoint")
 
 
 if __name__ == "__main__":

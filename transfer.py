@@ -3,12 +3,12 @@ other.
 
 First three small functions for the three questions: `aux_weight_at` (when), `transferred` (what),
 `couple` (how). Then data: `reviews` is the built-in pair of tasks, `read_task` reads it, files, or
-a data set of the hub, and `prepare` turns a target and an auxiliary task into token ids, takes the
-limited training subset and drops auxiliary examples that would leak. Last, the order of the
-batches.
+a data set of the Hugging Face Hub, and `prepare` turns a target and an auxiliary task into token
+ids, takes the limited training subset and drops auxiliary examples that would leak. Last, the order
+of the batches.
 
-A task is a folder with train and perhaps validation and test, each .jsonl, .csv or .parquet; or one
-such file, a train split; or a name on the hub. Texts are strings in column `text`, labels strings,
+A task is a folder with train and perhaps validation and test, each .jsonl or .csv; or one such
+file, a train split; or a name on the Hub. Texts are strings in column `text`, labels strings,
 integers or booleans in column `label`, unless other columns are named. Nothing is guessed: what
 does not fit is refused with its row.
 
@@ -18,8 +18,8 @@ Left out on purpose: more than two tasks, tasks that are not classification.
 import csv
 import hashlib
 import json
+import math
 import random
-import re
 import unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import CLS, PAD, SPECIAL, UNK, InputError, normalise, tokenize, word_pieces, words
+from model import CLS, PAD, SPECIAL, UNK, InputError, is_hub_name, tokenize, words
 
 # ----------------------------------------------------------------------------- when, what, how
 
@@ -46,16 +46,13 @@ def transferred(parameters, transfer):
     them. The auxiliary classifier always learns (and counts in the norm by which the weights'
     gradient is clipped). To share only some layers, test the name here.
     """
-    shared = {}
-    for name, p in parameters.items():
-        kind = "gates" if name == "log_alpha" else "weights"
+
+    def is_shared(name):
         if name.startswith("classifier."):
-            reached = name.startswith("classifier.auxiliary.")
-        else:
-            reached = transfer in ("both", kind)
-        if reached:
-            shared[name] = p
-    return shared
+            return name.startswith("classifier.auxiliary.")
+        return transfer in ("both", "gates" if name == "log_alpha" else "weights")
+
+    return {name: p for name, p in parameters.items() if is_shared(name)}
 
 
 def couple(g_target, g_aux, coupling):
@@ -71,14 +68,13 @@ def couple(g_target, g_aux, coupling):
     """
     update = {**g_target, **g_aux}
     both = [name for name in g_aux if name in g_target]
-    for name in both:
-        update[name] = g_target[name] + g_aux[name]
+    against = 0.0
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
         norm = sum(torch.sum(g_target[name] ** 2) for name in both)
         against = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
-        for name in both:
-            update[name] = update[name] - against * g_target[name]
+    for name in both:
+        update[name] = g_target[name] + g_aux[name] - against * g_target[name]
     return update
 
 
@@ -158,167 +154,107 @@ def reviews(domain):
 SPLITS = ("train", "validation", "test")
 
 
-def decoded(file):
-    """Yield the lines of a UTF-8 file; each is decoded alone, so that an error can name it.
-
-    A byte order mark may begin any line: files joined with cat have several.
+def file_rows(file):
+    """Yield (place, row) for every row of a .csv or .jsonl file; the place is for messages. Rows
+    are counted from 1; row 1 of a .csv is its header. Raises InputError.
     """
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield line.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{file}, line {number}: save it as UTF-8: {error}") from None
-
-
-def json_rows(file):
-    """Yield (place, row) for every line of a JSON Lines file; the place is for messages."""
-    for number, line in enumerate(decoded(file), 1):
-        try:
-            if line.strip():
-                yield f"{file}, line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}, line {number}: not JSON: {error}") from None
-
-
-def csv_rows(file):
-    """Yield (place, row) for every row of a CSV file. Cells are strings, as they are written."""
     csv.field_size_limit(2**31 - 1)  # no limit; the default is 131,072 characters
-    reader = csv.DictReader(decoded(file), strict=True)
+    number = 1
     try:
-        header = reader.fieldnames or []
-        if len(set(header)) < len(header):
-            raise InputError(f"{file}, line 1: a column is named twice: {', '.join(header)}")
-        for row in reader:
-            place = f"{file}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{place}: not {len(header)} cells, as in the header: are they "
-                                 "separated by commas, and texts with commas quoted?")
-            if list(row.values()) == header:
-                raise InputError(f"{place}: the header once more")
-            yield place, row
-    except csv.Error as error:
-        raise InputError(f"{file}, line {reader.reader.line_num}: {error}") from None
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = (json.loads(line) for line in lines if line.strip())
+            if file.suffix == ".csv":
+                rows = csv.DictReader(lines, strict=True)
+                header = rows.fieldnames or []
+                if len(set(header)) < len(header):
+                    raise ValueError(f"a column is named twice: {', '.join(header)}")
+                number = 2
+            for row in rows:
+                if not isinstance(row, dict) or None in row:  # None: DictReader's surplus cells
+                    raise ValueError("not a value for each column (a comma in a text needs quotes)")
+                if list(row) == list(row.values()):
+                    raise ValueError("the names of the columns instead of values")
+                yield f"{file}, row {number}", row
+                number += 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: save it as UTF-8: {error}") from None
+    except (ValueError, csv.Error, RecursionError) as error:  # not JSON, not CSV
+        raise InputError(f"{file}, row {number}: {error}") from None
 
 
-def parquet_rows(file):
-    """Yield (place, row) for every row of a parquet file."""
-    import pyarrow.parquet  # here, not above: most runs read none; `datasets` installs it
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise InputError(f"{file}: {' '.join(str(error).split())[:200]}") from None
-
-
-READERS = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-
-
-def from_files(spec):
-    """Split -> (place, row) pairs, the place for messages; files that are no split by their names.
-
-    A folder has a file per split; a single file is the train split.
+def from_files(path):
+    """Split -> (place, row) pairs. A folder has a file per split; a single file is the train split.
+    Raises InputError.
     """
-    path, found = Path(spec), {}
-    if path.is_file() and path.suffix in READERS:
-        return {"train": READERS[path.suffix](path)}
-    for file in sorted(file for file in path.glob("*.*") if file.suffix in READERS):
-        split = file.stem if file.stem in SPLITS else file.name
-        if split in found:
-            raise InputError(f"{spec} has two files for one split: {split}")
-        found[split] = READERS[file.suffix](file)
+    if path.is_file():
+        return {"train": file_rows(path)}
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (".csv", ".jsonl")]
+    found = {file.stem: file_rows(file) for file in files}
+    if len(found) < len(files):
+        raise InputError(f"{path} has both a .csv and a .jsonl file for a split")
     return found
 
 
-def from_hub(spec):
-    """Like `from_files`, for owner/name or owner/name:config on the hub; classes by their names."""
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", spec) or Path(spec).suffix in READERS:
-        raise InputError(f"no such file or folder: {spec!r}")
+def from_hub(spec, label_column):
+    """Like `from_files`, for owner/name or owner/name:config on the Hub. Labels are class names;
+    examples without a label (-1, as in the test splits of GLUE) are left out.
+    """
     import datasets  # here, not above: importing it takes seconds
 
     name, _, config = spec.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # the library raises dozens of types here
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"no such file or folder: {spec!r}, nor on the hub: {reason}") from None
-
-    def rows_of(split):
-        features = loaded[split].features
-        classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
-        classes = [name for name in classes if loaded[split].unique(name) != [-1]]  # has labels
-        for number, row in enumerate(loaded[split], 1):
-            for column in classes:
-                is_labelled = row[column] not in (-1, None)
-                row[column] = features[column].int2str(row[column]) if is_labelled else None
-            yield f"{split} of {spec}, row {number}", row
-
-    return {split: rows_of(split) for split in loaded}
+        raise InputError(f"no such file or folder: {spec!r}, nor on the Hub: {error}") from None
+    found = {}
+    for split, rows in loaded.items():
+        feature = rows.features.get(label_column)
+        if isinstance(feature, datasets.ClassLabel):
+            rows = (row for row in rows if row[label_column] != -1)
+            rows = (row | {label_column: feature.names[row[label_column]]} for row in rows)
+        found[split] = [(f"{split} of {spec}, example {i}", row) for i, row in enumerate(rows, 1)]
+    return found
 
 
-def read_task(spec, text_columns, label_column, flag="", wanted=SPLITS):
-    """A task as it is: split -> list of (tuple of texts, class name), and notes. Raises InputError.
+def read_task(spec, text_columns, label_column, wanted=SPLITS):
+    """A task as it is: split -> list of (tuple of texts, class name). Raises InputError.
 
-    spec: as the user names it. text_columns: a list. flag: "aux_" for the auxiliary task: messages
-    then name --aux_text_columns. wanted: the splits to read. A split whose labels are all -1 has
-    none, and is not read.
+    spec: as the user names it. wanted: the splits to read, if they are there.
     """
     kind, _, domain = spec.partition(":")
     if kind == "reviews" and domain in NOUNS:
-        found = {}
-        for split, pairs in reviews(domain).items():
-            found[split] = [(spec, {"text": text, "label": name}) for text, name in pairs]
-    else:
-        found = from_files(spec) if spec and Path(spec).exists() else from_hub(spec)
-    if "train" not in found:
-        kinds, names = ", ".join(READERS), ", ".join(SPLITS)
-        raise InputError(f"{spec} has no train split: only {kinds} are read, of the names {names}")
-    unread = [name for name in found if name not in SPLITS]
-    notes = [f"not read of {spec}: {', '.join(unread)}"] if unread else []
+        pairs = reviews(domain)
+        return {split: [((text,), name) for text, name in pairs[split]] for split in wanted}
+    found = from_files(Path(spec)) if Path(spec).exists() else from_hub(spec, label_column)
+    if unread := [split for split in found if split not in SPLITS]:
+        print(f"note: not read of {spec}: {', '.join(unread)}")
     splits = {}
-    for split in [split for split in wanted if split in found]:
-        pairs = [example(*placed, text_columns, label_column, flag) for placed in found[split]]
-        if not pairs:
-            raise InputError(f"{split} of {spec} is empty")
-        if split != "train" and {name for _, name in pairs} == {"-1"}:
-            notes.append(f"{split} of {spec} has no labels: it is not read")
-        else:
+    for split in wanted:
+        rows = found.get(split, [])
+        if pairs := [example(place, row, text_columns, label_column) for place, row in rows]:
             splits[split] = pairs
-    return splits, notes
+    if "train" not in splits:
+        raise InputError(f"{spec} has no training examples: it needs train.jsonl or train.csv")
+    return splits
 
 
-def example(place, row, text_columns, label_column, flag):
+def example(place, row, text_columns, label_column):
     """The texts, a tuple of strings, and the class name of a row. Raises InputError."""
-    if not isinstance(row, dict):
-        raise InputError(f'{place}: not an object like {{"text": "...", "label": "..."}}')
-    columns = (*text_columns, label_column)
-    if label_column in text_columns or not all(column in row for column in columns):
-        raise InputError(f"{place} has columns {', '.join(row)[:200]}, not {', '.join(columns)}: "
-                         f"name them with --{flag}text_columns and --{flag}label_column")
-    texts, label = tuple(row[column] for column in text_columns), row[label_column]
+    columns = [*text_columns, label_column]
+    if not all(column in row for column in columns):
+        raise InputError(f"{place} has columns {', '.join(row)}, not {', '.join(columns)}: name "
+                         "yours by --text_columns, --label_column, --aux_text_columns, ...")
+    *texts, label = (row[column] for column in columns)
     if isinstance(label, int):
         label = str(label).lower()  # a boolean as JSON writes it: true
     for cell in (*texts, label):
         if not isinstance(cell, str) or not cell.strip():
             raise InputError(f"{place}: a text is a string, a label a string, an integer or a "
                              f"boolean, and neither is empty: not {cell!r:.40}")
-    return texts, unicodedata.normalize("NFC", label.strip())
+    return tuple(texts), label.strip()
 
 
 # ---------------------------------------------------------------------------- from rows to examples
-
-
-class Row(NamedTuple):
-    """An example as it was read."""
-
-    texts: tuple  # of strings
-    name: str  # of its class
-    tokens: list  # of strings, at most max_length
-    cut: bool  # whether there were more
-    key: int  # a hash of the normalised texts, equal for equal texts
 
 
 class Examples(NamedTuple):
@@ -343,38 +279,27 @@ class Data(NamedTuple):
     aux: Examples | None
     vocab: list
     labels: dict  # "target" and "auxiliary" -> list of label names
-    notes: list  # what the reader of a report should know about these data, a line each
-    record: dict  # the same data in numbers, for result.json
 
 
-def tokenized(pairs, known, tokenizer, max_length, bert):
-    """Rows for (texts, class name) pairs; new tokens join the dict `known`, in their order."""
-    rows = []
-    for texts, name in pairs:
-        tokens, cut = tokenize(texts, tokenizer, max_length, bert)
-        for token in tokens:
-            known.setdefault(token, len(known))
-        content = "\n".join(normalise(text) for text in texts).encode(errors="replace")
-        key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        rows.append(Row(texts, name, tokens, cut, key))
-    return rows
-
-
-def held_out(rows):
-    """About a tenth of the Rows (at most a fifth), and all others. Raises InputError.
-
-    Distinct texts are taken in order of hash, duplicates together; a text with too many duplicates
-    is passed over.
+def text_key(texts):
+    """A hash, equal for examples that differ only in case, accents, spaces, punctuation or
+    invisible characters: of the letters and digits of each text (if it has none, of the text).
     """
-    chosen, taken = set(), 0
-    for key, count in sorted(Counter(row.key for row in rows).items()):
-        if taken < len(rows) / 10 and taken + count <= max(1, len(rows) // 5):
-            chosen.add(key)
-            taken += count
-    if not chosen:
-        raise InputError("too few different texts in train to hold a tenth of them out: "
-                         "are the columns of texts and labels swapped?")
-    return [r for r in rows if r.key in chosen], [r for r in rows if r.key not in chosen]
+    letters = []
+    for text in texts:
+        folded = unicodedata.normalize("NFKD", text).casefold()
+        letters.append("".join(filter(str.isalnum, folded)) or text)
+    return hashlib.blake2b(repr(letters).encode(), digest_size=8).digest()
+
+
+def held_out(pairs):
+    """A tenth of the distinct texts, with all their duplicates, and the rest; by hash, so that the
+    split depends neither on the seed nor on the order of the file.
+    """
+    keys = [text_key(texts) for texts, _ in pairs]
+    tenth = set(sorted(set(keys))[: math.ceil(len(set(keys)) / 10)])
+    held = [pair for pair, key in zip(pairs, keys) if key in tenth]
+    return held, [pair for pair, key in zip(pairs, keys) if key not in tenth]
 
 
 def limited_subset(label, n, seed):
@@ -392,146 +317,111 @@ def limited_subset(label, n, seed):
     return np.isin(np.arange(len(label)), np.argsort(turn, kind="stable")[:n])
 
 
-def limited(train, n_target, seed):
-    """n_target of the Rows, those of `limited_subset`; 0 = all. Raises InputError."""
-    if n_target == 1 or n_target > len(train):
-        raise InputError(f"n_target {n_target}: of {len(train)} training examples that are not "
-                         "held out take 2 or more, or 0 for all")
-    chosen = limited_subset(np.array([row.name for row in train]), n_target or None, seed)
-    return [row for row, is_chosen in zip(train, chosen) if is_chosen]
+def choose_vocab(train, aux, seen, size, known, bert):
+    """The vocabulary of a run: tokens in order of id, SPECIAL first.
 
+    Small: the target's training tokens by frequency, at most `size`; all that a parent knows; the
+    auxiliary task's by frequency, as far as there is room: they take the place of no other. A
+    BERT's: all pieces, or at most `size` of them: single characters, so that any word can be read,
+    the target's training pieces, the auxiliary task's, then the others as listed, since BERT lists
+    words by frequency.
 
-def choose_vocab(train, aux, known, vocab_size, always):
-    """The vocabulary: SPECIAL, the target's training tokens by frequency, those in `always`, then
-    the auxiliary task's by frequency: they fill what is left and take the place of no other.
-
-    train, aux: lists of Rows. known: token -> place of its first occurrence, which decides between
-    equally frequent ones. At most vocab_size tokens, unless SPECIAL, the target's first vocab_size
-    - 3 and those in `always` are more: these all stay.
+    train, aux: lists of the tokens of a text. seen: all tokens in the order in which they were
+    read, which decides between equally frequent ones. size: None means 10,000, or all pieces of a
+    BERT. known: the parent's vocabulary, [] without one.
     """
+    place = {token: i for i, token in enumerate(seen)}
 
-    def by_frequency(rows):
-        count = Counter(token for row in rows for token in row.tokens)
-        return sorted(count.keys() - set(SPECIAL), key=lambda token: (-count[token], known[token]))
+    def by_frequency(texts):
+        count = Counter(token for tokens in texts for token in tokens)
+        return sorted(count, key=lambda token: (-count[token], place[token]))
 
-    own = by_frequency(train)[: vocab_size - len(SPECIAL)]
-    kept = dict.fromkeys([*SPECIAL, *own, *always])  # each once
-    vocab = dict.fromkeys([*kept, *by_frequency(aux)])
-    return list(vocab)[: max(vocab_size, len(kept))]
-
-
-def encoded(rows, names, vocab, max_length, bert):
-    """Examples from Rows. A BERT reads a word whose pieces are not all in vocab in smaller ones."""
-    token_id = {token: i for i, token in enumerate(vocab)}
-    class_id = {name: i for i, name in enumerate(names)}
-    tokenizer, ids = word_pieces(vocab), []
-    for row in rows:
-        tokens = tokenize(row.texts, tokenizer, max_length, bert)[0] if bert else row.tokens
-        ids.append(np.array([token_id.get(token, UNK) for token in tokens], dtype=np.int32))
-    return Examples(ids, np.array([class_id[row.name] for row in rows]))
-
-
-def data_notes(splits, names, unknown):
-    """Lines for all in the target's splits that makes its accuracies misleading."""
-    train, test = splits["train"], splits["test"]
-    absent = sorted({*names} - {row.name for row in train})
-    folded = Counter(name.casefold() for name in names)
-    alike = [name for name in names if folded[name.casefold()] > 1]
-    labelled = {(row.key, row.name) for rows in splits.values() for row in rows}
-    twice = sum(n > 1 for n in Counter(key for key, _ in labelled).values())
-    keys = {row.key for row in train}
-    again = sum(row.key in keys for row in test)
-    cut = sum(row.cut for row in train) / len(train)
-    name, n = Counter(row.name for row in test).most_common(1)[0]
-    most = n / len(test)
-    few = [f"{len(splits[s])} {s}" for s in ("validation", "test") if len(splits[s]) < 100]
-    found = [
-        (absent, f"{len(absent)} classes have no training example: {', '.join(absent)[:60]}"),
-        (alike, f"names of classes that differ only by case: {', '.join(alike)[:60]}"),
-        (twice, f"{twice} texts occur with more than one label"),
-        (again, f"{again} of the test texts also occur among the training examples"),
-        (cut > 0.1, f"{cut:.0%} of the training texts are longer than max_length and were cut"),
-        (few, f"only {' and '.join(few)} texts: accuracies are uncertain"),
-        (most > 0.9, f"{most:.1%} of the test texts are of class {name[:40]}: see macro-F1"),
-        (unknown > 0.5, f"{unknown:.0%} of the test words are unknown: has the language spaces?"),
-    ]
-    return [line for holds, line in found if holds]
+    own = list(dict.fromkeys([*SPECIAL, *by_frequency(train)]))
+    if not bert:
+        size = size or 10_000
+        always = dict.fromkeys([*own[:size], *known])  # each once
+        ranked = [*always, *by_frequency(aux)]
+    elif size:
+        characters = (piece for piece in known if len(piece.removeprefix("##")) == 1)
+        always = dict.fromkeys([*SPECIAL, CLS, *characters])
+        others = [piece for piece in known if not piece.startswith("[unused")]
+        ranked = [*always, *own, *by_frequency(aux), *others]
+    else:
+        return known
+    return list(dict.fromkeys(ranked))[: max(size, len(always))]
 
 
-def about(task, splits, names, given):
-    """What result.json says of a task, counting only examples that are used.
-
-    task: as for `prepare`. splits: split -> list of Rows; given: those not taken from train.
-    Raises InputError if there is nothing to learn.
-    """
-    spec, text_columns, label_column = task
-    count = Counter(row.name for row in splits["train"])
-    if len(count) < 2:
-        raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
-    first = splits["train"][0]
-    return {
-        "text_columns": text_columns,
-        "label_column": label_column,
-        "splits": {name: spec if name in given else "a tenth of train, by hash" for name in splits},
-        "examples": {split: len(rows) for split, rows in splits.items()},
-        "labels": {name: count[name] for name in names},
-        "first": [*first.texts, first.name],
-    }
-
-
-def prepare(target, aux, *, n_target, max_length, vocab_size, seed, parent=None):
+def prepare(args, parent=None):
     """Both tasks as a Data: the limited training subset, one vocabulary. Raises InputError.
 
-    target, aux: (spec, list of text columns, label column); aux None = no auxiliary task. n_target:
-    target examples to train on, 0 = all. vocab_size: None = 10,000, of a BERT all pieces. parent: a
-    network to start from, whose tokenizer is used and whose words stay known; of a BERT those stay
-    that occur in training, and every single character. Auxiliary examples whose text also occurs in
-    the target's validation or test split are dropped.
+    args: the flags of a run. parent: a network to start from, whose tokenizer is used and whose
+    words stay known, or all pieces of a BERT, unless --vocab_size asks for fewer. Auxiliary
+    examples whose text also occurs in the target's validation or test split are dropped.
     """
-    tokenizer, bert, always = words, False, []
-    if parent:
-        tokenizer, bert, always = parent.tokenizer, parent.config.bert, parent.vocab
-    if bert:
-        always = [CLS, *(piece for piece in parent.vocab if len(piece.removeprefix("##")) == 1)]
-    known = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *always]))}
-
     # the target, and the examples to train on
-    pairs, notes = read_task(*target)
-    reading = (known, tokenizer, max_length, bert)
-    splits = {name: tokenized(pairs[name], *reading) for name in pairs}
+    splits = read_task(args.target, args.text_columns, args.label_column)
+    read = [texts for pairs in splits.values() for texts, _ in pairs]
     for name in ("test", "validation"):
         if name not in splits:
+            print(f"note: no {name} split ({name}.jsonl or .csv): a tenth of train is used")
             splits[name], splits["train"] = held_out(splits["train"])
-    notes += [f"no {name} split: a tenth of train is used" for name in SPLITS if name not in pairs]
-    names = {"target": sorted({row.name for rows in splits.values() for row in rows})}
-    train = splits["train"]
-    splits["train"] = limited(train, n_target, seed)
-    if len(splits["train"]) < len(train):
-        notes.append(f"{n_target} of {len(train)} training examples are used; all: --n_target 0")
-    record = {"target": about(target, splits, names["target"], pairs)}
+    names = {"target": sorted({name for pairs in splits.values() for _, name in pairs})}
+    whole = splits["train"]
+    if args.n_target == 1 or args.n_target > len(whole):
+        raise InputError(f"n_target {args.n_target}: take 2 to {len(whole)} examples, or 0 for all")
+    chosen = limited_subset(np.array([name for _, name in whole]), args.n_target or None, args.seed)
+    splits["train"] = [pair for pair, is_chosen in zip(whole, chosen) if is_chosen]
+    print(f"{len(splits['train'])} of {len(whole)} training examples are used; all: --n_target 0")
+    keys = {split: [text_key(texts) for texts, _ in splits[split]] for split in SPLITS}
+    for split, other in (("test", "train"), ("validation", "train"), ("validation", "test")):
+        others = set(keys[other])
+        if again := sum(key in others for key in keys[split]):
+            print(f"note: {again} of the {split} texts also occur in {other}")
 
     # the auxiliary task, without what is held out of the target
-    auxiliary = []
-    if aux:
-        pairs, more = read_task(*aux, "aux_", ("train",))
-        rows = tokenized(pairs["train"], *reading)
-        held = {row.key for name in ("validation", "test") for row in splits[name]}
-        auxiliary = [row for row in rows if row.key not in held]
-        n_dropped = len(rows) - len(auxiliary)
-        notes += [*more, f"auxiliary texts dropped, because they are held out: {n_dropped}"]
-        names["auxiliary"] = sorted({row.name for row in rows})
-        record["auxiliary"] = about(aux, {"train": auxiliary}, names["auxiliary"], pairs)
+    if args.aux != "none":
+        flags = (args.aux, args.aux_text_columns, args.aux_label_column)
+        pairs = read_task(*flags, wanted=["train"])["train"]
+        read += [texts for texts, _ in pairs]
+        names["auxiliary"] = sorted({name for _, name in pairs})
+        held = {*keys["validation"], *keys["test"]}
+        splits["aux"] = [pair for pair in pairs if text_key(pair[0]) not in held]
+        print(f"{len(pairs) - len(splits['aux'])} auxiliary texts are dropped: they are held out")
+    for split, spec in (("train", args.target), ("aux", args.aux)):
+        if split in splits and len({name for _, name in splits[split]}) < 2:
+            raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
 
-    # one vocabulary, and ids instead of words
-    vocab_size = vocab_size or (10**9 if bert else 10_000)
-    vocab = choose_vocab(splits["train"], auxiliary, known, vocab_size, always)
-    final = (vocab, max_length, bert)
-    examples = {name: encoded(rows, names["target"], *final) for name, rows in splits.items()}
-    examples["aux"] = encoded(auxiliary, names["auxiliary"], *final) if aux else None
-    ids = {name: np.concatenate(examples[name].ids) for name in ("train", "test")}
-    record["unknown"] = {name: (ids[name] == UNK).mean().item() for name in ids}
-    notes += data_notes(splits, names["target"], record["unknown"]["test"])
-    return Data(**examples, vocab=vocab, labels=names, notes=notes, record=record)
+    # one vocabulary
+    known = parent.vocab if parent else []
+    bert = parent is not None and parent.config.bert
+    tokenizer = parent.tokenizer if parent else words
+
+    @lru_cache(maxsize=None)
+    def tokens_of(texts, tokenizer):
+        return tokenize(texts, tokenizer, args.max_length, bert)
+
+    seen = dict.fromkeys([*SPECIAL, *known])
+    seen |= dict.fromkeys(token for texts in read for token in tokens_of(texts, tokenizer))
+    train = [tokens_of(texts, tokenizer) for texts, _ in splits["train"]]
+    aux = [tokens_of(texts, tokenizer) for texts, _ in splits.get("aux", [])]
+    vocab = choose_vocab(train, aux, seen, args.vocab_size, known, bert)
+    if bert and args.vocab_size:
+        theirs, tokenizer = tokenizer, parent.config.tokenizer(vocab)
+        test = [texts for texts, _ in splits["test"]]
+        other = np.mean([tokens_of(t, tokenizer) != tokens_of(t, theirs) for t in test])
+        print(f"note: {other:.1%} of the test texts are read differently from the parent, since "
+              f"the vocabulary is reduced to {len(vocab)} of {len(known)} pieces")
+
+    # ids instead of words
+    token_id = {token: i for i, token in enumerate(vocab)}
+    examples = {"aux": None}
+    for split, pairs in splits.items():
+        classes = names["auxiliary" if split == "aux" else "target"]
+        class_id = {name: i for i, name in enumerate(classes)}
+        tokens = (tokens_of(texts, tokenizer) for texts, _ in pairs)
+        ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in tokens]
+        examples[split] = Examples(ids, np.array([class_id[name] for _, name in pairs]))
+    return Data(**examples, vocab=vocab, labels=names)
 
 
 def epoch_order(length, batch_size, rng):

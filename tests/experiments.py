@@ -60,7 +60,7 @@ WINDOWS = {  # steps; gates are at work from 500 to 2200
     "while pruning": "--transfer_start 500 --transfer_stop 2200",
     "while fine-tuning": "--transfer_start 2200",
     "until fine-tuning": UNTIL,
-    "from 1000 on": "",
+    "from 1000 on": "--transfer_start 1000",
 }
 WHOLE_NETWORK = {  # not pruned
     "unpruned, none": "--sparsity 0 --aux_weight 0",
@@ -144,37 +144,60 @@ for pair, (_, aux, n) in PAIRS.items():
             start = f"--init %{aux} --lr 3e-4 {SHORT} {task_flags(pair)}"
             PARENT[f"{aux}{few}, lr 3e-4, {name}"] = f"{start} {RECIPES[name]}"
 
-# from a pre-trained BERT: "task, labels, sparsity: recipe"; the cut is after 330 of 480 steps
-AUXILIARY = {"trec_coarse": "trec_fine", "sst2": "sst5", "kitchen": "kitchen_rest"}
-SCHEDULE = "--lr 1e-4 --steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
+# from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
+AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
+SCHEDULE = "--steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
+ARMS = {  # after: a BERT fine-tuned on the whole auxiliary task first
+    "alone": "--init %encoder --aux none",
+    "after": "--init %TASK_after --aux none",
+    "both": "--init %encoder",
+    "both until the cut": "--init %encoder --transfer_stop 330",
+    "both, after": "--init %TASK_after",
+    "unrelated": f"--init %encoder --aux {DATA}sst2",
+}
 ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
-ONE_STEP = {"learned then cut": "@SAME: learned", "bottom": "bottom", "random": "random"}
-ONE_STEP |= {name: f"@{name}" for name in ORDERS}
-BOTH = {"none": RECIPES["none"], "transfer": ALWAYS}
-BUILT = {"learned": f"{ALWAYS} --transfer_stop 330"}  # with transfer until the cut, as all of these
-BUILT |= {kind: f"{BUILT['learned']} --structure {name}" for kind, name in ONE_STEP.items()}
-OTHERS = WHAT | {"from the cut on": "--transfer_start 330", "sst2": f"{ALWAYS} --aux {DATA}sst2"}
-PRETRAINED, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
-for task, labels, cuts, recipes, seeds in (
-    ("trec_coarse", "200 labels", [0, 0.7], BOTH, 5),
-    ("trec_coarse", "200 labels", [0.5, 0.9], BOTH, 3),
-    ("sst2", "200 labels", [0, 0.7], BOTH, 5),
-    ("trec_coarse", "50 labels", [0, 0.7, 0.9], BOTH, 5),
-    ("trec_coarse", "200 labels", [0.7], BUILT, 5),
-    ("sst2", "200 labels", [0.7], BUILT, 3),
-    ("trec_coarse", "200 labels", [0.7], OTHERS, 3),
-    ("trec_coarse", "1000 labels", [0, 0.7], BOTH, 3),
-    ("kitchen", "200 labels", [0, 0.7], BOTH, 3),
-    ("kitchen", "200 labels, 128 pieces", [0.7], BOTH, 1),
-):
-    flags = f"--init %encoder --target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE}"
-    flags += f" --n_target {labels.split()[0]} --max_length {128 if '128' in labels else 32}"
-    for cut, recipe in itertools.product(cuts, recipes):
-        own = recipes[recipe].replace("SAME", same := f"{task}, {labels}, {cut}")
-        PRETRAINED[f"{same}: {recipe}"] = f"{flags} --sparsity {cut} {own}"
-        SEEDS_OF[f"{same}: {recipe}"] = range(seeds)
+GIVEN = {"every second layer": "@every second layer", "lowest layers": "bottom", "learned first": "@SAME"}
+ARMS |= {kind: f"--init %encoder --finetune_steps 480 --structure {name}" for kind, name in GIVEN.items()}
+RATES = ("1e-4", "3e-5", "1e-5")
+LIKE = {arm: "alone" if arm == "alone" else "after" if arm == "after" else "both" for arm in ARMS}
+BERT, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
 
-TREC_PRE, RECIPES_PRE = "trec_coarse, 200 labels, 0.7", [*BOTH, "learned", *OTHERS]
+
+def rate(task, arm):
+    """The learning rate with the best validation accuracy of seed 0 at 70 %; other arms take that of both."""
+    found = {r: column("bert", f"{task}, 200, 0.7, {r}: {LIKE[arm]}", "validation_accuracy") for r in RATES}
+    return max(RATES, key=lambda r: found[r].get(0, 0))
+
+
+def bert(task, labels, sparsity, lr, arm, more="", seeds=range(5)):
+    """Add a setting to BERT."""
+    setting = f"{task}, {labels}, {sparsity}, {lr}{', ' if more else ''}{more}: {arm}"
+    flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
+    flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {sparsity} {more} {ARMS[arm]}"
+    own = f"{task}, {labels}, {sparsity}, {lr}: both"
+    BERT[setting] = flags.replace("TASK", task).replace("SAME", own)
+    SEEDS_OF[setting] = seeds
+
+
+def bert_settings():
+    """All settings, in the order in which they are run: they depend on the learning rates that are best."""
+    pairs = ("sst2", "trec_coarse")
+    for task, arm, lr in itertools.product(pairs, ("alone", "after", "both"), RATES):
+        bert(task, 200, 0.7, lr, arm, seeds=range(1))
+    for task, arm in itertools.product(pairs, ("both", "after", "alone", "both until the cut", "both, after")):
+        bert(task, 200, 0.7, rate(task, arm), arm)
+    for task, arm in itertools.product(pairs, ("alone", "both", "after")):
+        bert(task, 200, 0, rate(task, arm), arm)
+    for task, arm, cut in itertools.product(pairs, ("alone", "after", "both"), (0.5, 0.9)):
+        bert(task, 200, cut, rate(task, arm), arm)
+    for task, kind in itertools.product(pairs, GIVEN):
+        bert(task, 200, 0.7, rate(task, kind), kind)
+    for labels, arm in itertools.product((200, 0), ("alone", "after", "both")):
+        bert("acl_arc", labels, 0.7, "1e-4", arm, seeds=range(3))
+    bert("trec_coarse", 200, 0.7, rate("trec_coarse", "both"), "unrelated", seeds=range(3))
+    for task, size in itertools.product(pairs, (2000, 5000, 10_000)):
+        bert(task, 200, 0.7, rate(task, "both"), "both", f"--vocab_size {size}", range(3))
+
 
 SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
     f"d_model {d_model}, sparsity {cut}": f"--d_model {d_model} --n_layer {n_layer} --sparsity {cut}"
@@ -182,7 +205,7 @@ SHAPES = {  # what the benchmark cuts out of a network of its size, learned with
     for cut in (0.5, 0.7, 0.9)
 }
 SEEDS_OF |= {setting: (0,) for setting in SHAPES}
-FILES = {"pretrained": PRETRAINED, "built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY}
+FILES = {"bert": BERT, "built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY}
 FILES |= {"parent": PARENT, "real": REAL, "shapes": SHAPES}
 
 # ----------------------------------------------------------------------------- running
@@ -217,12 +240,27 @@ def shuffled(seed, folder):
     return str(folder)
 
 
+def without_held_out(task):
+    """A folder with the auxiliary task of a pair, its training texts without those held out of the target."""
+    folder = PARENTS / f"{task}_auxiliary"
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {transfer.text_key((text,)) for split in ("validation", "test") for text in texts(DATA + task, split)[0]}
+    for split in ("train", "validation"):
+        rows = [{"text": x, "label": y} for x, y in zip(*texts(DATA + AUXILIARY[task], split))]
+        rows = [row for row in rows if split != "train" or transfer.text_key((row["text"],)) not in held]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def parent_network(name, seed):
     """The file of a network trained on a whole auxiliary task; made when first needed."""
     file = PARENTS / f"{name}_{seed}.pt"
     if not file.exists():
         own = {"film": "reviews:film", "film8x8": "reviews:film --n_layer 8 --n_head 8"}
         flags = f"--target {own.get(name, DATA + name)} --aux none --n_target 0 --sparsity 0 --steps 2000"
+        if name.endswith("_after"):
+            flags = f"--init {os.environ['ENCODER']} --target {without_held_out(name.removesuffix('_after'))} "
+            flags += f"--sparsity 0 --max_length {64 if 'acl' in name else 32} --lr 1e-4 {SCHEDULE}"
         PARENTS.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=PARENTS) as made:  # two processes may make it at once
             quick(flags, seed, made)
@@ -234,12 +272,14 @@ def place(name, seed, folder):
     """The path that %NAME stands for; what has to be made for one run goes into the folder."""
     if name == "encoder":
         return os.environ["ENCODER"]
+    if name.endswith("_after"):
+        seed = 0  # one parent for all seeds of a pair
     return shuffled(seed, folder) if name == "shuffled" else parent_network(name, seed)
 
 
 def structure(name, file, flags, seed):
     """The structure that @NAME stands for, with the keys of a result.json."""
-    shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "": (4, 4, 64)}
+    shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "_after": (6, 12, 384), "": (4, 4, 64)}
     L, H, width = next(shape for mark, shape in shapes.items() if mark in flags)
     sparsity, prob = float(f"{flags} --sparsity 0.7".partition("--sparsity ")[2].split()[0]), None
     if name in ORDERS:
@@ -276,7 +316,7 @@ def make(file, setting, seed):
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     row = {"setting": setting, "seed": seed, "flags": flags, "commit": commit}
     row |= {key: result[key] for key in KEPT.split() if result.get(key) is not None}
-    if file == "built_in":  # the notebook draws these
+    if file in ("built_in", "bert"):  # pictures show these
         row["validation_curve"] = [[h["step"], round(h["validation_accuracy"], 4)] for h in history]
     return {**row, "seconds": round(result["seconds"])}
 
@@ -315,7 +355,7 @@ def features(net, sentences):
     """What a classifier reads, the mean of the final states of every text, and a constant 1: (N, C + 1)."""
     parts = []
     for start in range(0, len(sentences), 32):
-        ids = [torch.tensor(net.encode(text, 1)) for text in sentences[start : start + 32]]
+        ids = [torch.tensor(net.encode(text)) for text in sentences[start : start + 32]]
         parts.append(net.features(torch.nn.utils.rnn.pad_sequence(ids, True, model.PAD)))
     return nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
 
@@ -496,7 +536,7 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
 
 def starts():
     """Task, labels and sparsity of the pre-trained settings: what stands before their recipe."""
-    settings = [*PRETRAINED, *(row["setting"] for row in rows("pretrained"))]
+    settings = [row["setting"] for row in rows("pretrained")]
     return list(dict.fromkeys(setting.partition(": ")[0] for setting in settings))
 
 
@@ -521,7 +561,7 @@ def pretrained_structures():
     """All kinds of structure that have rows, with what is not one of them left out."""
     names = [row["setting"] for row in rows("pretrained")]
     kinds = {name: None for name in names if name.partition(": ")[2] not in [*BOTH, *OTHERS]}
-    kinds = [name for name in [*PRETRAINED, *kinds] if name in kinds]
+    kinds = list(kinds)
     return scores("pretrained", dict.fromkeys(kinds), "learned", (CHOICE[0], "after_cut", CHOICE[1]))
 
 
@@ -746,6 +786,8 @@ def pictures():
     figure.colorbar(image, ax=axes, label="share of seeds that keep it")
     figure.savefig(RESULTS / "structures.png", dpi=100)
 
+
+bert_settings()
 
 if __name__ == "__main__":
     actions = (run, yardstick, speed, proxy, tables, pictures)
