@@ -59,8 +59,8 @@ def sample_z(log_alpha, generator=None):
     u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
     u = u.clamp(1e-6, 1 - 1e-6)  # the logit stays finite
     s = torch.sigmoid((torch.logit(u) + log_alpha) / BETA)  # binary concrete, in (0, 1)
-    z = (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)  # stretch to (GAMMA, ZETA), then clip
-    return z.to(log_alpha.dtype)
+    # stretch to (GAMMA, ZETA), then clip
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1).to(log_alpha.dtype)
 
 
 def prob_open(log_alpha):
@@ -129,10 +129,8 @@ def sparsity(z, head_size, ffn_size):
 
 
 def sparsity_at(step, sparsity, prune_start, prune_ramp):
-    """Target sparsity at `step`: 0 before prune_start, then a line (or a jump) to `sparsity`."""
-    if prune_ramp == 0:
-        return sparsity if step >= prune_start else 0.0
-    return sparsity * min(max((step - prune_start) / prune_ramp, 0.0), 1.0)
+    """Target sparsity at `step`: 0 up to prune_start, then a line to `sparsity`, or a jump."""
+    return sparsity * min(max((step - prune_start) / max(prune_ramp, 1), 0.0), 1.0)
 
 
 # Chosen in simulations of a task that pushes the gates open or closed, as in the tests of this

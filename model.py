@@ -46,14 +46,10 @@ CLS = "[CLS]"  # the first token that a BERT reads
 WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
 
-def normalise(text):
-    """Lower-case text with single spaces, composed accents (NFC) and plain apostrophes."""
-    return " ".join(unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'").split())
-
-
 def words(text):
     """Lower-case words and punctuation marks of a string: the tokens of the small network."""
-    return [sys.intern(word) for word in WORD.findall(normalise(text))]  # equal ones share memory
+    text = unicodedata.normalize("NFC", text.lower()).replace("\u2019", "'")
+    return [sys.intern(word) for word in WORD.findall(text)]  # equal ones share memory
 
 
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f"
@@ -136,12 +132,6 @@ class Config:
     bert: bool = False  # post-norm with biases and GELU, on pieces
     cased: bool = False  # a BERT whose pieces have capital letters and accents
 
-    def tokenizer(self, vocab):
-        """A function from a string to its tokens; of a BERT to pieces of `vocab`."""
-        if not self.bert:
-            return words
-        return partial(word_pieces, known=frozenset(vocab), cased=self.cased)  # can be pickled
-
 
 def scale(x, factor):
     """x times a gate or a dropout mask; None: there is none."""
@@ -214,7 +204,9 @@ class GatedTransformer(nn.Module):
         super().__init__()
         self.config, self.vocab, self.labels = config, vocab, labels
         self.word_id = {word: i for i, word in enumerate(vocab)}
-        self.tokenizer = config.tokenizer(vocab)
+        self.tokenizer = words
+        if config.bert:  # a partial function, unlike a lambda, can be pickled
+            self.tokenizer = partial(word_pieces, known=frozenset(vocab), cased=config.cased)
         self.token = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model)
         self.blocks = nn.ModuleList(Block(config, n, f) for n, f in zip(config.heads, config.ffn))
@@ -290,10 +282,11 @@ class GatedTransformer(nn.Module):
         """Read what `save` wrote, on the CPU. Executes no code of the file. Raises InputError."""
         try:
             parts = torch.load(path, map_location="cpu", weights_only=True)
+            assert parts["vocab"][: len(SPECIAL)] == SPECIAL  # earlier versions had other names
             model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
             model.load_state_dict(parts["state"])
         except Exception:  # whatever a missing, truncated or foreign file provokes
-            raise InputError(f"{path} is missing, or not a network that train.py saved") from None
+            raise InputError(f"{path} is missing, or no network of this train.py") from None
         return model
 
 
@@ -318,11 +311,6 @@ def unit_sizes(d_model, n_head):
     matrices count, biases do not.
     """
     return 4 * d_model * (d_model // n_head), 8 * d_model**2
-
-
-def prunable(model):
-    """Number of prunable parameters: the matrices of the attention and feed-forward sublayers."""
-    return sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
 
 
 @torch.no_grad()
@@ -369,39 +357,37 @@ def is_hub_name(name):
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def from_hub(name):
-    """The folder with the FILES of a BERT on the Hugging Face Hub. Raises InputError."""
-    from huggingface_hub import snapshot_download  # here: only this function needs it
+def read_bert(name):
+    """config.json, vocab.txt and the weights of a BERT: a dict, a list of pieces, and name ->
+    float32 tensor with old names made new. Raises InputError.
+    """
+    from huggingface_hub import snapshot_download  # here: only this function needs them
+    from safetensors.torch import load_file
 
+    file = folder = Path(name)
+    if not is_hub_name(name) and not folder.is_dir():
+        raise InputError(f"no such folder: {name!r} (a name on the Hugging Face Hub is owner/name)")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=FILES))
-        if not (folder / "model.safetensors").exists():
-            snapshot_download(name, allow_patterns=["pytorch_model.bin"])
-    except Exception as error:  # the library raises dozens of types here
-        raise InputError(f"{name} cannot be loaded from the Hugging Face Hub: {error}") from None
-    return folder
-
-
-def read_tensors(folder):
-    """The tensors of a folder, name -> float32 tensor, old names made new. Raises InputError."""
-    from safetensors.torch import load_file  # here: only this function needs it
-
-    file = folder / "model.safetensors"
-    try:
+        if is_hub_name(name):
+            folder = Path(snapshot_download(name, allow_patterns=FILES))
+            if not (folder / "model.safetensors").exists():
+                snapshot_download(name, allow_patterns=["pytorch_model.bin"])
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file = folder / "vocab.txt"
+        vocab = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        file = folder / "model.safetensors"
         if file.exists():
             tensors = load_file(file)
         else:
             file = folder / "pytorch_model.bin"
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        found = {}
-        for name, tensor in tensors.items():
-            name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-            found[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor.float()
-    except Exception as error:  # whatever the readers raise
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{file} is missing, or it is truncated, a web page, a pointer of Git LFS "
-                         f"or something else that has no weights: {reason:.100}") from None
-    return found
+        for old, new in (("bert.", ""), ("Norm.gamma", "Norm.weight"), ("Norm.beta", "Norm.bias")):
+            tensors = {key.replace(old, new): tensor.float() for key, tensor in tensors.items()}
+    except Exception as error:  # the Hub and the readers raise dozens of types
+        raise InputError(f"{file} is missing, truncated, a web page, a pointer of Git LFS or of "
+                         f"another kind: {str(error).splitlines()[0]:.150}") from None
+    return config, vocab, tensors
 
 
 def load_bert(name):
@@ -410,34 +396,22 @@ def load_bert(name):
     name: a folder with FILES, or owner/name on the Hugging Face Hub. Raises InputError for one that
     cannot be read, or whose config.json or vocabulary is of a kind that is not supported here.
     """
-    if not is_hub_name(name) and not Path(name).is_dir():
-        raise InputError(f"no such folder: {name!r} (a name on the Hugging Face Hub is owner/name)")
-    folder = from_hub(name) if is_hub_name(name) else Path(name)
+    config, vocab, tensors = read_bert(name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        vocab = (folder / "vocab.txt").read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
         L, H, C = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: config.json or vocab.txt cannot be used: {error}") from None
-    supported = {"model_type": "bert", "hidden_act": "gelu", "intermediate_size": 4 * C,
-                 "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}  # fmt: skip
-    for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise InputError(f"{name}: {key} {config[key]!r} is not supported, only {value!r}")
-    if lacking := {*SPECIAL, CLS} - set(vocab):
-        raise InputError(f"{name}: vocab.txt lacks {min(lacking)}")
-    cased = any(piece != piece.lower() and not re.fullmatch(r"\[.*\]", piece) for piece in vocab)
-
-    tensors = read_tensors(folder)
-    try:
+        supported = {"model_type": "bert", "hidden_act": "gelu", "intermediate_size": 4 * C,
+                     "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}  # fmt: skip
+        for key, value in supported.items():
+            if config.get(key, value) != value:
+                raise InputError(f"{name}: {key} {config[key]!r} is not supported, only {value!r}")
         token = tensors["embeddings.word_embeddings.weight"]
         position = tensors["embeddings.position_embeddings.weight"]
-        kind = tensors["embeddings.token_type_embeddings.weight"]
-        if not 0 <= len(token) - len(vocab) < 64:  # some models have padding, up to a multiple
+        if not 0 <= len(token) - len(vocab) < 64:  # some have padding, up to a multiple of 64
             raise InputError(f"{name}: vocab.txt has {len(vocab)} lines, and the embedding "
                              f"{len(token)} rows: one of them is truncated or another model's")
         row = {piece: i for i, piece in enumerate(vocab)}
         row = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # SPECIAL first
+        cased = any(piece != piece.lower() and not piece.startswith("[") for piece in row)
         shape = (len(row), len(position), C, C // H, [H] * L, [1] * L)
         model = GatedTransformer(Config(*shape, bert=True, cased=cased), list(row), {})
         state = {}
@@ -446,12 +420,11 @@ def load_bert(name):
             parts = ("query", "key", "value") if "query" in theirs else ("query",)
             state[ours] = torch.cat([tensors[theirs.replace("query", part)] for part in parts])
         state["token.weight"] = token[list(row.values())]
-        state["position.weight"] = position + kind[0]
+        state["position.weight"] += tensors["embeddings.token_type_embeddings.weight"][0]
         model.load_state_dict(state)
-    except KeyError as missing:
-        raise InputError(f"{name} lacks {missing}: its first tensor is {min(tensors)!r}") from None
-    except RuntimeError:
-        raise InputError(f"{name}: config.json is not that of these weights") from None
+    except (KeyError, RuntimeError) as error:  # a name that is missing, sizes that do not fit
+        reason = f"{str(error).splitlines()[0]}; the first tensor is {min(tensors)!r}"
+        raise InputError(f"{name} is not complete, or not a BERT: {reason}") from None
     return model
 
 

@@ -13,7 +13,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -33,14 +32,13 @@ from model import InputError
 def between(low, high, kind=float):
     """For argparse: a number of this kind within [low, high], or an error."""
 
-    def parse(text):
+    def number(text):  # argparse says "invalid number value" where it is none
         value = kind(text)
         if not low <= value <= high:  # also true for nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return parse
+    return number
 
 
 NATURAL = between(0, 10_000_000, int)
@@ -59,9 +57,8 @@ def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises
     InputError.
     """
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.usage = "python train.py [--flag value ...]"
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    usage, shown = "python train.py [--flag value ...]", argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(usage=usage, description=__doc__, formatter_class=shown, allow_abbrev=False)
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task: folder, file, Hugging Face Hub name")
@@ -84,7 +81,7 @@ def parse_args(argv=None):
     add("--prune_start", type=NATURAL, default=500, help="step at which sparsity starts to rise")
     add("--prune_ramp", type=NATURAL, default=1000, help="steps over which it rises")
     add("--finetune_steps", type=POSITIVE, default=800, help="last steps, after pruning")
-    add("--structure", help="bottom, random, or a result.json: prune to it, without gates")
+    add("--structure", help="a run's result.json: prune to its structure, without gates")
     # transfer
     add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss")
     add("--transfer_start", type=NATURAL, default=0, help="when: first step with transfer")
@@ -105,8 +102,8 @@ def parse_args(argv=None):
     add("--seeds", type=between(1, 1000, int), default=1, help="seeds, with and without transfer")
     add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=device, help="where the networks are")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="where the networks are")
     args = parser.parse_args(argv)
     built_in = args.target == "reviews:restaurant"
     if args.aux is None:  # a user's task trains alone unless a second one is named
@@ -120,15 +117,16 @@ def parse_args(argv=None):
     needed = args.finetune_steps
     if args.sparsity and not args.structure:  # the ramp, and the time that a gate takes to close
         needed += args.prune_start + args.prune_ramp
-        needed += int((masks.INIT + masks.LIMIT) / args.gate_lr)
+        needed += round((masks.INIT + masks.LIMIT) / args.gate_lr)
     if needed > args.steps:
         parser.error(f"--steps {args.steps}: the phases need {needed} with these flags")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
     if args.structure and not args.sparsity:
         parser.error("--structure is what a run prunes to: it contradicts --sparsity 0")
     if args.seeds > 1 and not args.aux_weight:
         parser.error("--seeds compares runs with and without transfer: it needs --aux")
+    for name in ("target", "aux", "init", "structure", "out_dir"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} is empty: is a shell variable not set?")
     for path in (Path(args.init or ""), Path(args.structure or "")):
         if path.is_file() and path.resolve().parent == Path(args.out_dir).resolve():
             parser.error(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
@@ -146,19 +144,19 @@ def train(args):
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     out = Path(args.out_dir)
     parent = read_parent(args)
-    args = copy.copy(args)  # completed by the parent's shape, or the default
+    args = copy.copy(args)  # to be completed by the shape, and by a digest of what is read
     args.n_layer = len(parent.config.heads) if parent else args.n_layer or 4
     args.n_head = parent.config.heads[0] if parent else args.n_head or 4
     args.d_model = parent.config.d_model if parent else args.d_model or 64
     if args.d_model % args.n_head:
         raise InputError(f"d_model {args.d_model} is no multiple of n_head {args.n_head}")
     sizes = model.unit_sizes(args.d_model, args.n_head)
-    given = given_structure(args, sizes) if args.structure else None  # None: gates learn it
+    given = given_structure(args, sizes)  # None: gates learn it
     data = transfer.prepare(args, parent)
     print_data(data, args.max_length)
     torch.manual_seed(args.seed)  # not earlier: reading a parent draws random numbers
     net = dense_network(args, data, parent)
-    digest = digest_of(data, parent, given)
+    args.data_digest = digest_of(data, parent, given)
     params_dense = sum(p.numel() for p in net.parameters())
     gates = masks.Gates(args.n_layer, args.n_head).to(args.device)
     controller = masks.Controller(args.gate_lr).to(args.device)
@@ -170,8 +168,8 @@ def train(args):
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
-    saved = read_saved(args, digest)
-    if saved and "net" not in saved:
+    saved = read_saved(args)
+    if saved and "states" not in saved:
         return saved  # the result of a finished run
     if saved:
         start_step, history = saved["step"], saved["history"]
@@ -180,24 +178,19 @@ def train(args):
             structure = masks.Units(*saved["structure"])
             net = model.extract(net, structure)
             optimizer = weight_optimizer(net, args.weight_decay)
-        net.load_state_dict(saved["net"])
-        gates.load_state_dict(saved["gates"])
-        controller.load_state_dict(saved["controller"])
-        optimizer.load_state_dict(saved["optimizer"])
-        gate_optimizer.load_state_dict(saved["gate_optimizer"])
+        parts = (net, gates, controller, optimizer, gate_optimizer)
+        for part, state in zip(parts, saved["states"]):
+            part.load_state_dict(state)
 
     # ---- schedule and batches
-    if args.aux_weight and args.transfer_start >= min(args.transfer_stop, args.steps):
-        print("note: no transfer: transfer_start is not before transfer_stop and steps")
     finetune_start = args.steps - args.finetune_steps
     learned = args.sparsity and given is None
     prune_start = args.prune_start if learned else finetune_start
-    target = Task("target", data.train, args)
-    auxiliary = Task("auxiliary", data.aux, args) if data.aux else None
+    target = Task("target", data.splits["train"], args)
+    auxiliary = Task("auxiliary", data.splits["aux"], args) if "aux" in data.splits else None
 
     # ---- the loop; with a bar on a terminal
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    for step in tqdm(range(start_step, args.steps), disable=not on_terminal):
+    for step in tqdm(range(start_step, args.steps), disable=None if sys.stderr else True):
         phase = phase_at(step, prune_start, finetune_start)
         if step == finetune_start and args.sparsity:  # the structure is chosen, the rest pruned
             cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
@@ -245,7 +238,7 @@ def train(args):
         # evaluation, the best network of the fine-tuning, checkpoint
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if active else None
-            scores = evaluate(net, data.validation, z, args.device)
+            scores = evaluate(net, data.splits["validation"], z, args.device)
             # losses, lambda1 and prob are from before the update, as the controller saw them
             row = {
                 "step": step + 1,
@@ -266,19 +259,15 @@ def train(args):
             score = (scores["accuracy"], -scores["loss"])  # the lower loss breaks ties
             if phase == "finetune" and score > best["score"]:
                 best = {"score": score, "weights": copy.deepcopy(net.state_dict())}
+            parts = (net, gates, controller, optimizer, gate_optimizer)
             checkpoint = {
                 "args": vars(args),
-                "digest": digest,
                 "step": step + 1,
                 "history": history,
                 "cut": cut,
                 "best": best,
                 "structure": tuple(structure),
-                "net": net.state_dict(),
-                "gates": gates.state_dict(),
-                "controller": controller.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "gate_optimizer": gate_optimizer.state_dict(),
+                "states": [part.state_dict() for part in parts],
             }
             save_checkpoint(checkpoint, out)
 
@@ -287,7 +276,7 @@ def train(args):
     net.save(out / "pruned.pt")
     result = summary(net, args, data, gates.prob_open() if learned else structure, structure) | cut
     result |= {"validation_accuracy": best["score"][0], "params_dense": params_dense}
-    result |= {"seconds": time.time() - start_time, "digest": digest}
+    result["seconds"] = time.time() - start_time
     (out / "result.json").write_text(json.dumps(result, indent=1))
     (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
     return result
@@ -313,57 +302,52 @@ def read_parent(args):
     for name, value in shape.items():
         if getattr(args, name) not in (None, value):
             raise InputError(f"{name}: {args.init} has {value}; leave the flag out")
-    if config.bert and args.lr > 3e-4:
-        print(f"note: lr {args.lr:g} is high for a BERT, which forgets: try 1e-4")
     return parent
 
 
 def given_structure(args, sizes):
-    """The structure that --structure names, Units of zeros and ones. sizes: of model.unit_sizes.
-
-    bottom keeps the lowest layers; random keeps random units, drawn by seed. Raises InputError.
+    """The structure of the run whose result.json --structure names, Units of zeros and ones, or
+    None. sizes: of model.unit_sizes. Raises InputError for one of another shape or sparsity.
     """
-    if args.structure in ("bottom", "random"):
-        height = torch.linspace(1, 0, args.n_layer)
-        prob = masks.Units(height.view(-1, 1).repeat(1, args.n_head), height)
-        if args.structure == "random":
-            draw = torch.Generator().manual_seed(100 * args.seed)
-            prob = masks.Units(*(torch.rand(p.shape, generator=draw) for p in prob))
-        return masks.select(prob, args.sparsity, *sizes)
+    if args.structure is None:
+        return None
     try:
         result = json.loads(Path(args.structure).read_text())
-        kept = masks.Units(*(torch.tensor(result[k]).bool() for k in ("heads_kept", "ffn_kept")))
+        kept = masks.Units(torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"]))
+        sparsity, shape = result["target_sparsity"], (*kept.head.shape, *kept.ffn.shape)
     except Exception as error:  # whatever a missing, truncated or foreign file provokes
         raise InputError(f"structure: {args.structure} is no run's result.json: {error}") from None
-    if (kept.head.shape, kept.ffn.shape) != ((args.n_layer, args.n_head), (args.n_layer,)):
-        raise InputError(f"structure: {args.structure} is of a network of another shape")
-    kept = masks.Units(kept.head.float(), kept.ffn.float())
-    delivered = masks.sparsity(kept, *sizes)
-    if result.get("target_sparsity") != args.sparsity or delivered < args.sparsity - 1e-6:
-        raise InputError(f"structure: {args.structure} has a sparsity of {delivered:.3f}, and it is "
-                         f"not of a run with --sparsity {args.sparsity}")
-    return kept
+    if shape != (args.n_layer, args.n_head, args.n_layer) or sparsity != args.sparsity:
+        raise InputError(f"structure: {args.structure} is of another shape, or another --sparsity")
+    return masks.Units(kept.head.float(), kept.ffn.float())
 
 
 def print_data(data, max_length):
     """What was read, in a few lines."""
     for task, names in data.labels.items():
-        print(f"{task}: {len(names)} classes: {', '.join(names)[:70]}")
-    for split in ("train", "validation", "test", "aux"):
-        if examples := getattr(data, split):
-            n, unknown = len(examples.ids), np.mean(np.concatenate(examples.ids) == model.UNK)
-            print(f"  {split}: {n} examples; {unknown:.1%} of the tokens are unknown")
-            if n < 100 and split in ("validation", "test"):
-                print(f"note: only {n} {split} texts: accuracies are uncertain")
-            full = np.mean([len(text) == max_length for text in examples.ids])
-            if full > 0.1:
-                print(f"note: {full:.0%} of the {split} texts fill max_length or were truncated")
-    first = " ".join(data.vocab[token] for token in data.train.ids[0])
-    print(f"  the first: {first[:70]}: {data.labels['target'][data.train.label[0]]}")
+        print(f"{task}: {len(names)} classes: {str(names):.70}")
+    for split, examples in data.splits.items():
+        n = len(examples.ids)
+        full = np.mean([len(ids) == max_length for ids in examples.ids])
+        unknown = np.mean(np.concatenate(examples.ids) == model.UNK)
+        print(f"  {split}: {n} examples, {full:.0%} of them with max_length tokens; "
+              f"{unknown:.1%} of the tokens are unknown")
+        if full > 0.1:
+            print(f"note: {split} texts of more than --max_length tokens are truncated")
+        if n < 100 and split in ("validation", "test"):
+            print(f"note: only {n} {split} texts: accuracies are uncertain")
+    first = data.splits["train"]
+    text = " ".join(data.vocab[token] for token in first.ids[0])
+    print(f"  the first: {text:.70}: {data.labels['target'][first.label[0]]}")
 
 
+@torch.no_grad()
 def dense_network(args, data, parent=None):
-    """The network before pruning, with random weights or, where it has such, the parent's."""
+    """The network before pruning, with random weights or, where it has such, the parent's.
+
+    Embeddings are copied by word. The target's classifier starts anew; the auxiliary one becomes a
+    copy of that of the parent's target, if they have the same class names.
+    """
     shape = (len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head)
     heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
     config = model.Config(*shape, heads, ffn, n_texts=len(args.text_columns))
@@ -371,26 +355,16 @@ def dense_network(args, data, parent=None):
         config = replace(config, bert=parent.config.bert, cased=parent.config.cased)
     net = model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
     if parent:
-        inherit(net, parent)
+        own = ("token.", "position.", "classifier.")  # depend on vocabulary, max_length, labels
+        state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
+        net.load_state_dict(state, strict=False)
+        net.position.weight.copy_(parent.position.weight[: args.max_length])
+        common = [word for word in net.vocab if word in parent.word_id]
+        theirs = parent.token.weight[[parent.word_id[word] for word in common]]
+        net.token.weight[[net.word_id[word] for word in common]] = theirs
+        if "auxiliary" in net.labels and net.labels["auxiliary"] == parent.labels.get("target"):
+            net.classifier["auxiliary"].load_state_dict(parent.classifier["target"].state_dict())
     return net
-
-
-@torch.no_grad()
-def inherit(net, parent):
-    """Copy the parent's weights into a network of the same shape, embeddings of words by name.
-
-    The target's classifier starts anew; the auxiliary one becomes a copy of that of the parent's
-    target, if they have the same class names.
-    """
-    own = ("token.", "position.", "classifier.")  # depend on vocabulary, max_length, labels
-    state = {name: p for name, p in parent.state_dict().items() if not name.startswith(own)}
-    net.load_state_dict(state, strict=False)
-    net.position.weight.copy_(parent.position.weight[: len(net.position.weight)])
-    common = [word for word in net.vocab if word in parent.word_id]
-    theirs = parent.token.weight[[parent.word_id[word] for word in common]]
-    net.token.weight[[net.word_id[word] for word in common]] = theirs
-    if "auxiliary" in net.labels and net.labels["auxiliary"] == parent.labels.get("target"):
-        net.classifier["auxiliary"].load_state_dict(parent.classifier["target"].state_dict())
 
 
 def weight_optimizer(net, weight_decay):
@@ -404,7 +378,7 @@ def weight_optimizer(net, weight_decay):
 def digest_of(data, parent, given):
     """A hash of what a run reads: words, class names, examples, a parent's weights, a structure."""
     digest = hashlib.sha256(repr([data.vocab, data.labels]).encode())
-    for examples in filter(None, (data.train, data.validation, data.test, data.aux)):
+    for examples in data.splits.values():
         for array in (examples.label, [len(ids) for ids in examples.ids], *examples.ids):
             digest.update(np.asarray(array).tobytes())
     for tensor in (*(parent.parameters() if parent else ()), *(given or ())):
@@ -412,7 +386,7 @@ def digest_of(data, parent, given):
     return digest.hexdigest()
 
 
-def read_saved(args, digest):
+def read_saved(args):
     """What --resume finds in out_dir: a checkpoint, else the result of a finished run, else None.
 
     Makes out_dir. Raises InputError for a run with other flags, or one that read something else.
@@ -427,14 +401,12 @@ def read_saved(args, digest):
             saved = torch.load(found[0], map_location=args.device, weights_only=True)
         else:
             saved = json.loads(found[0].read_text())
-        flags, saved_digest = dict(saved["args"]), saved["digest"]
+        flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
         raise InputError(f"{found[0]} cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
-            raise InputError(f"{found[0]} is of a run with {name} {flags.get(name)}")
-    if saved_digest != digest:
-        raise InputError(f"{found[0]} is of a run on other data, parent or structure")
+            raise InputError(f"{found[0]} is of a run with another {name}: {flags.get(name)}")
     return saved
 
 
@@ -442,8 +414,9 @@ def save_checkpoint(checkpoint, out):
     """Write history.jsonl, and checkpoint.pt: whole or as before, whatever happens."""
     lines = [json.dumps(row) + "\n" for row in checkpoint["history"]]
     (out / "history.jsonl").write_text("".join(lines))
-    torch.save(checkpoint, out / "checkpoint.tmp")
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+    with open(out / "checkpoint.tmp", "wb") as file:  # an OSError if the disk is full
+        torch.save(checkpoint, file)
+    (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
 
 
 # ----------------------------------------------------------------------------- one step
@@ -529,7 +502,7 @@ def evaluate(net, examples, z, device):
 
 def accuracies(net, z, data, device):
     """Accuracy on the validation and on the test split."""
-    return {split: evaluate(net, getattr(data, split), z, device)["accuracy"]
+    return {split: evaluate(net, data.splits[split], z, device)["accuracy"]
             for split in ("validation", "test")}
 
 
@@ -544,12 +517,10 @@ def gate_numbers(prob, z, sizes):
 
 def summary(net, args, data, prob, structure):
     """What result.json says of the final network: scores, gates, size. prob, structure: Units."""
-    sizes, label = model.unit_sizes(args.d_model, args.n_head), data.test.label
-    scores = evaluate(net, data.test, None, args.device)
-    splits = [split for split in ("train", "validation", "test", "aux") if getattr(data, split)]
+    sizes, label = model.unit_sizes(args.d_model, args.n_head), data.splits["test"].label
+    scores = evaluate(net, data.splits["test"], None, args.device)
     return {
-        "test_accuracy": scores["accuracy"],
-        "test_macro_f1": scores["macro_f1"],
+        **{f"test_{name}": score for name, score in scores.items()},
         "test_majority": np.bincount(label).max().item() / len(label),
         "target_sparsity": args.sparsity,
         "delivered_sparsity": masks.sparsity(structure, *sizes).item(),
@@ -558,7 +529,7 @@ def summary(net, args, data, prob, structure):
         "ffn_kept": structure.ffn.int().tolist(),
         "params_pruned": sum(p.numel() for p in net.parameters()),
         "class_names": data.labels,
-        "examples": {split: len(getattr(data, split).ids) for split in splits},
+        "examples": {split: len(examples.ids) for split, examples in data.splits.items()},
         "args": vars(args),
         "torch": torch.__version__,
     }
@@ -566,11 +537,10 @@ def summary(net, args, data, prob, structure):
 
 def report(r):
     """Print what a reader of r, the dict in result.json, would look for first."""
-    print(f"test accuracy {r['test_accuracy']:.3f}   macro-F1 {r['test_macro_f1']:.3f}   "
-          f"validation accuracy {r['validation_accuracy']:.3f}   "
-          f"(majority class {r['test_majority']:.3f})")
-    print(f"sparsity delivered {r['delivered_sparsity']:.3f}, requested {r['target_sparsity']:.3f};"
-          f" {r['params_pruned']:,} of {r['params_dense']:,} parameters left")
+    print("test accuracy {test_accuracy:.3f}   macro-F1 {test_macro_f1:.3f}   validation accuracy "
+          "{validation_accuracy:.3f}   (majority class {test_majority:.3f})".format(**r))
+    print("sparsity delivered {delivered_sparsity:.3f}, requested {target_sparsity:.3f}; "
+          "{params_pruned:,} of {params_dense:,} parameters left".format(**r))
     if "accuracy_before_cut" in r:
         before, after = r["accuracy_before_cut"]["test"], r["accuracy_after_cut"]["test"]
         print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
@@ -624,7 +594,7 @@ def main():
             compare(args)
         else:
             report(train(args))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

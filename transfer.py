@@ -22,7 +22,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,40 +82,39 @@ def couple(g_target, g_aux, coupling):
 
 NOUNS = {
     "restaurant": """soup waiter dessert pasta service steak wine bread salad chef kitchen curry
-        pizza menu table coffee fish sauce cook breakfast lunch dinner cake burger rice""",
+    pizza menu table coffee fish sauce cook breakfast lunch dinner cake burger rice""",
     "film": """plot actor script director ending dialogue music camera cast comedy hero villain
-        scene sequel drama editing story heroine opening thriller costume soundtrack acting finale
-        romance""",
+    scene sequel drama editing story heroine opening thriller costume soundtrack acting finale
+    romance""",
 }
 PRAISE = {
     "restaurant": "fresh crispy juicy tender tasty delicious fragrant creamy",
     "film": "gripping suspenseful well-acted witty hilarious touching thrilling cinematic",
     "shared": """good great fine superb splendid lovely wonderful excellent perfect brilliant
-        amazing awesome fantastic terrific fabulous marvellous magnificent outstanding exceptional
-        remarkable impressive stunning delightful charming pleasant enjoyable agreeable likeable
-        admirable commendable praiseworthy exquisite elegant graceful refined polished stylish
-        classy tasteful beautiful gorgeous attractive appealing inviting engaging captivating
-        enchanting fascinating refreshing original inventive imaginative creative clever smart
-        ingenious skilful masterful accomplished competent capable reliable dependable solid sound
-        strong robust honest sincere genuine authentic warm friendly kind gentle generous thoughtful
-        considerate attentive careful precise flawless faultless impeccable immaculate sublime
-        divine heavenly glorious dazzling radiant vibrant lively cheerful joyful uplifting inspiring
-        memorable unforgettable satisfying rewarding worthwhile valuable welcome decent""",
+    amazing awesome fantastic terrific fabulous marvellous magnificent outstanding exceptional
+    remarkable impressive stunning delightful charming pleasant enjoyable agreeable likeable
+    admirable commendable praiseworthy exquisite elegant graceful refined polished stylish classy
+    tasteful beautiful gorgeous attractive appealing inviting engaging captivating enchanting
+    fascinating refreshing original inventive imaginative creative clever smart ingenious skilful
+    masterful accomplished competent capable reliable dependable solid sound strong robust honest
+    sincere genuine authentic warm friendly kind gentle generous thoughtful considerate attentive
+    careful precise flawless faultless impeccable immaculate sublime divine heavenly glorious
+    dazzling radiant vibrant lively cheerful joyful uplifting inspiring memorable unforgettable
+    satisfying rewarding worthwhile valuable welcome decent""",
 }
 BLAME = {
     "restaurant": "stale soggy bland greasy burnt undercooked rancid tasteless",
     "film": "clichéd predictable far-fetched humourless overlong wooden melodramatic plotless",
     "shared": """bad poor awful terrible horrible dreadful dire lousy rotten atrocious abysmal
-        appalling disgusting revolting repulsive nasty unpleasant disagreeable annoying irritating
-        infuriating maddening tiresome tedious boring dull dreary monotonous lifeless flat weak
-        feeble flimsy shoddy sloppy careless clumsy awkward inept incompetent amateurish crude
-        coarse vulgar tacky cheap ugly hideous unsightly repellent offensive insulting rude arrogant
-        hostile cold unfriendly mean cruel heartless insincere dishonest fake phony pretentious
-        pompous shallow empty hollow pointless useless worthless hopeless pathetic pitiful miserable
-        depressing dismal gloomy bleak grim disappointing unsatisfying underwhelming mediocre
-        inferior substandard deficient defective faulty flawed messy chaotic confusing incoherent
-        unbearable intolerable insufferable forgettable regrettable lamentable deplorable disastrous
-        catastrophic ridiculous absurd""",
+    appalling disgusting revolting repulsive nasty unpleasant disagreeable annoying irritating
+    infuriating maddening tiresome tedious boring dull dreary monotonous lifeless flat weak feeble
+    flimsy shoddy sloppy careless clumsy awkward inept incompetent amateurish crude coarse vulgar
+    tacky cheap ugly hideous unsightly repellent offensive insulting rude arrogant hostile cold
+    unfriendly mean cruel heartless insincere dishonest fake phony pretentious pompous shallow empty
+    hollow pointless useless worthless hopeless pathetic pitiful miserable depressing dismal gloomy
+    bleak grim disappointing unsatisfying underwhelming mediocre inferior substandard deficient
+    defective faulty flawed messy chaotic confusing incoherent unbearable intolerable insufferable
+    forgettable regrettable lamentable deplorable disastrous catastrophic ridiculous absurd""",
 }
 
 
@@ -156,30 +155,34 @@ SPLITS = ("train", "validation", "test")
 
 def file_rows(file):
     """Yield (place, row) for every row of a .csv or .jsonl file; the place is for messages. Rows
-    are counted from 1; row 1 of a .csv is its header. Raises InputError.
+    are counted from 1; row 1 of a .csv is its header. Columns without a name are not read. Raises
+    InputError.
     """
     csv.field_size_limit(2**31 - 1)  # no limit; the default is 131,072 characters
-    number = 1
+    is_csv, number = file.suffix.lower() == ".csv", 1
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             rows = (json.loads(line) for line in lines if line.strip())
-            if file.suffix == ".csv":
+            if is_csv:
                 rows = csv.DictReader(lines, strict=True)
-                header = rows.fieldnames or []
+                header = [name for name in rows.fieldnames or [] if name]
                 if len(set(header)) < len(header):
-                    raise ValueError(f"a column is named twice: {', '.join(header)}")
+                    raise ValueError(f"a column is named twice: {header}")
                 number = 2
             for row in rows:
-                if not isinstance(row, dict) or None in row:  # None: DictReader's surplus cells
-                    raise ValueError("not a value for each column (a comma in a text needs quotes)")
-                if list(row) == list(row.values()):
-                    raise ValueError("the names of the columns instead of values")
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+                if is_csv and None in (*row, *row.values()):  # surplus cells, and missing ones
+                    raise ValueError("more or fewer cells than the header: quote texts with commas")
+                if list(row) == [str(cell).strip('\ufeff"') for cell in row.values()]:
+                    raise ValueError("the header once more")
                 yield f"{file}, row {number}", row
                 number += 1
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: save it as UTF-8: {error}") from None
     except (ValueError, csv.Error, RecursionError) as error:  # not JSON, not CSV
-        raise InputError(f"{file}, row {number}: {error}") from None
+        hint = "" if is_csv else " (one object per line)"
+        raise InputError(f"{file}, row {number}: {error}{hint}") from None
 
 
 def from_files(path):
@@ -188,11 +191,11 @@ def from_files(path):
     """
     if path.is_file():
         return {"train": file_rows(path)}
-    files = [file for file in sorted(path.iterdir()) if file.suffix in (".csv", ".jsonl")]
-    found = {file.stem: file_rows(file) for file in files}
-    if len(found) < len(files):
-        raise InputError(f"{path} has both a .csv and a .jsonl file for a split")
-    return found
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".csv", ".jsonl")]
+    for split in SPLITS:
+        if len([file for file in files if file.stem == split]) > 1:
+            raise InputError(f"{path} has two files for the {split} split")
+    return {file.stem: file_rows(file) for file in files}
 
 
 def from_hub(spec, label_column):
@@ -202,10 +205,12 @@ def from_hub(spec, label_column):
     import datasets  # here, not above: importing it takes seconds
 
     name, _, config = spec.partition(":")
+    if not is_hub_name(name) or Path(name).suffix.lower() in (".csv", ".jsonl"):
+        raise InputError(f"no such file or folder: {spec!r} (a name on the Hub is owner/name)")
     try:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # the library raises dozens of types here
-        raise InputError(f"no such file or folder: {spec!r}, nor on the Hub: {error}") from None
+        raise InputError(f"{spec!r} cannot be read from the Hub: {error}") from None
     found = {}
     for split, rows in loaded.items():
         feature = rows.features.get(label_column)
@@ -241,9 +246,10 @@ def read_task(spec, text_columns, label_column, wanted=SPLITS):
 def example(place, row, text_columns, label_column):
     """The texts, a tuple of strings, and the class name of a row. Raises InputError."""
     columns = [*text_columns, label_column]
-    if not all(column in row for column in columns):
-        raise InputError(f"{place} has columns {', '.join(row)}, not {', '.join(columns)}: name "
-                         "yours by --text_columns, --label_column, --aux_text_columns, ...")
+    if missing := [column for column in columns if column not in row]:
+        raise InputError(f"{place} has the columns {list(row)}, separated by commas, but not "
+                         f"{missing}: name yours by --text_columns, --label_column, ..., or take "
+                         "a split without labels out of the folder")
     *texts, label = (row[column] for column in columns)
     if isinstance(label, int):
         label = str(label).lower()  # a boolean as JSON writes it: true
@@ -273,12 +279,9 @@ class Examples(NamedTuple):
 class Data(NamedTuple):
     """Everything a run reads."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
-    aux: Examples | None
+    splits: dict  # "train", "validation", "test" and, with an auxiliary task, "aux" -> Examples
     vocab: list
-    labels: dict  # "target" and "auxiliary" -> list of label names
+    labels: dict  # "target" and "auxiliary" -> list of class names
 
 
 def text_key(texts):
@@ -351,14 +354,14 @@ def choose_vocab(train, aux, seen, size, known, bert):
     return list(dict.fromkeys(ranked))[: max(size, len(always))]
 
 
-def prepare(args, parent=None):
-    """Both tasks as a Data: the limited training subset, one vocabulary. Raises InputError.
+def choose_examples(args):
+    """The examples that a run reads: split -> list of (tuple of texts, class name), with "aux" for
+    the auxiliary task; class names by task, sorted; and all texts in the order in which they were
+    read. Raises InputError.
 
-    args: the flags of a run. parent: a network to start from, whose tokenizer is used and whose
-    words stay known, or all pieces of a BERT, unless --vocab_size asks for fewer. Auxiliary
-    examples whose text also occurs in the target's validation or test split are dropped.
+    The training split is the limited subset. Auxiliary examples whose text also occurs in the
+    target's validation or test split are dropped.
     """
-    # the target, and the examples to train on
     splits = read_task(args.target, args.text_columns, args.label_column)
     read = [texts for pairs in splits.values() for texts, _ in pairs]
     for name in ("test", "validation"):
@@ -378,7 +381,6 @@ def prepare(args, parent=None):
         if again := sum(key in others for key in keys[split]):
             print(f"note: {again} of the {split} texts also occur in {other}")
 
-    # the auxiliary task, without what is held out of the target
     if args.aux != "none":
         flags = (args.aux, args.aux_text_columns, args.aux_label_column)
         pairs = read_task(*flags, wanted=["train"])["train"]
@@ -386,12 +388,21 @@ def prepare(args, parent=None):
         names["auxiliary"] = sorted({name for _, name in pairs})
         held = {*keys["validation"], *keys["test"]}
         splits["aux"] = [pair for pair in pairs if text_key(pair[0]) not in held]
-        print(f"{len(pairs) - len(splits['aux'])} auxiliary texts are dropped: they are held out")
+        n = len(pairs) - len(splits["aux"])
+        print(f"{n} auxiliary texts are dropped, since they are among the target's held-out texts")
     for split, spec in (("train", args.target), ("aux", args.aux)):
         if split in splits and len({name for _, name in splits[split]}) < 2:
             raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
+    return splits, names, read
 
-    # one vocabulary
+
+def prepare(args, parent=None):
+    """Both tasks as a Data, with one vocabulary. Raises InputError.
+
+    args: the flags of a run. parent: a network to start from, whose tokenizer is used and whose
+    words stay known, or all pieces of a BERT, unless --vocab_size asks for fewer.
+    """
+    splits, names, read = choose_examples(args)
     known = parent.vocab if parent else []
     bert = parent is not None and parent.config.bert
     tokenizer = parent.tokenizer if parent else words
@@ -406,22 +417,21 @@ def prepare(args, parent=None):
     aux = [tokens_of(texts, tokenizer) for texts, _ in splits.get("aux", [])]
     vocab = choose_vocab(train, aux, seen, args.vocab_size, known, bert)
     if bert and args.vocab_size:
-        theirs, tokenizer = tokenizer, parent.config.tokenizer(vocab)
+        theirs, tokenizer = tokenizer, partial(tokenizer, known=frozenset(vocab))
         test = [texts for texts, _ in splits["test"]]
         other = np.mean([tokens_of(t, tokenizer) != tokens_of(t, theirs) for t in test])
         print(f"note: {other:.1%} of the test texts are read differently from the parent, since "
               f"the vocabulary is reduced to {len(vocab)} of {len(known)} pieces")
 
-    # ids instead of words
     token_id = {token: i for i, token in enumerate(vocab)}
-    examples = {"aux": None}
+    examples = {}
     for split, pairs in splits.items():
         classes = names["auxiliary" if split == "aux" else "target"]
         class_id = {name: i for i, name in enumerate(classes)}
         tokens = (tokens_of(texts, tokenizer) for texts, _ in pairs)
         ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in tokens]
         examples[split] = Examples(ids, np.array([class_id[name] for _, name in pairs]))
-    return Data(**examples, vocab=vocab, labels=names)
+    return Data(examples, vocab, names)
 
 
 def epoch_order(length, batch_size, rng):

@@ -1,6 +1,7 @@
 """Claims about the gates, the controller and the choice of a structure (masks.py)."""
 
 import itertools
+import math
 import re
 import textwrap
 
@@ -74,6 +75,13 @@ def test_deterministic_z_is_monotone_and_reaches_both_ends():
     assert z[0] == 0 and z[-1] == 1 and (z.diff() >= 0).all()
 
 
+def test_the_gate_at_evaluation_is_the_stretched_sigmoid_without_temperature():
+    """Louizos et al. 2018, written out: sigmoid(log_alpha) stretched to (-0.1, 1.1) and clipped."""
+    for value in (-4.0, -1.0, 0.5, 1.5, 4.0):
+        expected = min(1.0, max(0.0, 1.2 / (1 + math.exp(-value)) - 0.1))
+        assert deterministic_z(torch.tensor(value)).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_closed_layer_gate_closes_every_head_of_the_layer():
     gates = Gates(2, 3)
     gates.log_alpha.data[1, -2] = -masks.LIMIT
@@ -84,7 +92,7 @@ def test_a_closed_layer_gate_closes_every_head_of_the_layer():
 def test_sparsity_schedule_is_zero_then_linear_then_constant():
     wanted = [sparsity_at(step, 0.8, 10, 4) for step in (0, 10, 11, 12, 14, 99)]
     assert wanted == pytest.approx([0, 0, 0.2, 0.4, 0.8, 0.8])
-    assert [sparsity_at(step, 0.8, 10, 0) for step in (9, 10, 11)] == [0, 0.8, 0.8]  # a jump
+    assert [sparsity_at(step, 0.8, 10, 0) for step in (9, 10, 11)] == [0, 0, 0.8]  # a jump
 
 
 def test_gates_have_the_precision_of_log_alpha_when_sampled_and_when_evaluated():
@@ -117,36 +125,35 @@ def test_the_penalty_pulls_sparsity_towards_the_target_from_both_sides():
     assert values[1] == 0 and values[0] == values[2] > 0
     controller.lambda1 += 3
     slope = torch.autograd.grad(controller.penalty(gap).sum(), gap)[0]
-    torch.testing.assert_close(slope, 3 + 2 * masks.SPRING * gap.detach())
+    torch.testing.assert_close(slope, 3 + 2 * masks.PENALTY * gap.detach())
 
 
 def test_the_multiplier_ascends_by_the_gap_and_a_large_gap_counts_as_lag():
     controller = Controller(0.1)
-    for gap, change in ((0.01, 0.01), (-0.01, -0.01), (0.7, masks.LAG), (-0.7, -masks.LAG)):
+    for gap, change in ((0.01, 0.01), (-0.01, -0.01), (0.7, masks.MAX_GAP), (-0.7, -masks.MAX_GAP)):
         before = controller.lambda1.item()
         controller.ascend(torch.tensor(gap))
-        assert controller.lambda1.item() - before == pytest.approx(masks.ASCENT * 0.1 * change, rel=1e-4)
+        assert controller.lambda1.item() - before == pytest.approx(masks.DUAL_LR * 0.1 * change, rel=1e-4)
 
 
 @pytest.mark.parametrize("target, ramp", list(itertools.product((0.3, 0.5, 0.7, 0.9), (1, 70, 140))))
 def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts(target, ramp):
-    """Gates alone, in the fewest steps that the flags may leave, however steep the ramp."""
+    """Gates alone, in the fewest steps that the flags may leave: the ramp, and the time that a gate takes to
+    get from its start to its limit, by hand."""
     import train
 
-    shortest = 3 * round((masks.INIT + masks.LIMIT) / 0.1)
-    flags = (
-        f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1 --steps"
-    )
-    train.check(train.with_shape(train.parse_args([*flags.split(), str(shortest + 1)]), None))
-    with pytest.raises(train.InputError, match="pruning needs"):
-        train.check(train.with_shape(train.parse_args([*flags.split(), str(shortest)]), None))
+    shortest = ramp + round((2.5 + 4.6) / 0.1)
+    flags = f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1"
+    train.parse_args([*flags.split(), "--steps", str(shortest + 1)])
+    with pytest.raises(train.InputError, match=f"--steps {shortest}: the phases need {shortest + 1} "):
+        train.parse_args([*flags.split(), "--steps", str(shortest)])
     gap, _ = settle(Gates(4, 4), 0.1, target, ramp, shortest)
     assert abs(gap) < 0.02
 
 
 def test_lambda1_is_the_price_of_a_parameter():
     """A task that loses `push` times the worth of what is cut: twice the push is twice the price, and the gap
-    that a spring alone leaves (push / (2 SPRING), about) is closed."""
+    that the quadratic term alone leaves (push / (2 PENALTY), about) is closed."""
     worth = torch.linspace(0.5, 1.5, 20).view(4, 5)
     found = {}
     for push, ascent in ((2, True), (4, True), (4, False)):
@@ -228,6 +235,17 @@ def test_selection_keeps_the_most_probable_units():
     prob = Units(torch.tensor([[0.9, 0.1], [0.4, 0.8]]), torch.tensor([0.7, 0.3]))
     z = select(prob, 0.5, 1, 1)
     assert z.head.tolist() == [[1, 0], [0, 1]] and z.ffn.tolist() == [1, 0]
+
+
+def test_of_equally_probable_units_heads_and_lower_layers_come_first():
+    """Of units of the same probability: all heads, in order, before any feed-forward sublayer, but for one of
+    these, the lowest, which comes first where it fits."""
+    equal = Units(torch.full((3, 2), 0.5), torch.full((3,), 0.5))
+    kept = select(equal, 1 - 3 / 12, 1, 2)  # room for three, too little for a sublayer and three heads
+    assert kept.head.tolist() == [[1, 1], [1, 0], [0, 0]] and kept.ffn.tolist() == [0, 0, 0]
+    for room, heads, ffn in ((5, [[1, 1], [1, 1], [0, 0]], [1, 0, 0]), (8, [[1, 1]] * 3, [1, 1, 0])):
+        kept = select(equal, 1 - room / 9, 1, 1)
+        assert kept.head.tolist() == heads and kept.ffn.tolist() == ffn
 
 
 def test_selection_keeps_a_feed_forward_sublayer_if_it_leaves_a_head_to_every_layer():
