@@ -42,8 +42,6 @@ def between(low, high, kind=float):
 
 
 NATURAL = between(0, 10_000_000, int)
-POSITIVE = between(1, 10_000_000, int)
-FRACTION = between(0, 0.99)
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,12 +73,12 @@ def parse_args(argv=None):
     add("--n_layer", type=between(1, 100, int), help="layers; None: the parent's, else 4")
     add("--n_head", type=between(1, 1000, int), help="heads per layer; None: likewise")
     add("--d_model", type=between(1, 10_000, int), help="hidden size; None: the parent's, else 64")
-    add("--dropout", type=FRACTION, default=0.1, help="dropout probability")
+    add("--dropout", type=between(0, 0.99), default=0.1, help="dropout probability")
     # pruning; gates that are all closed have an expected sparsity of 0.968
     add("--sparsity", type=between(0, 0.96), default=0.7, help="share of prunable weights to prune")
     add("--prune_start", type=NATURAL, default=500, help="step at which sparsity starts to rise")
     add("--prune_ramp", type=NATURAL, default=1000, help="steps over which it rises")
-    add("--finetune_steps", type=POSITIVE, default=800, help="last steps, after pruning")
+    add("--finetune_steps", type=between(1, 10**7, int), default=800, help="last steps, pruned")
     add("--structure", help="a run's result.json: prune to its structure, without gates")
     # transfer
     add("--aux_weight", type=between(0, 1e6), default=0.5, help="weight of the auxiliary loss")
@@ -91,12 +89,12 @@ def parse_args(argv=None):
     add("--transfer", choices=["both", "weights", "gates"], default="both",
         help="what: parameters that the auxiliary loss trains")
     # optimization
-    add("--steps", type=POSITIVE, default=3000, help="optimizer steps in all")
-    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples per task and step")
+    add("--steps", type=between(1, 10**7, int), default=3000, help="optimizer steps in all")
+    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples a task and step")
     add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate; 1e-4 for a BERT")
     add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="learning rate of the gates")
     add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices")
-    add("--label_smoothing", type=FRACTION, default=0.1, help="probability spread over all labels")
+    add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread over labels")
     # run
     add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, weights and noise")
     add("--seeds", type=between(1, 1000, int), default=1, help="seeds, with and without transfer")
@@ -120,8 +118,6 @@ def parse_args(argv=None):
         needed += round((masks.INIT + masks.LIMIT) / args.gate_lr)
     if needed > args.steps:
         parser.error(f"--steps {args.steps}: the phases need {needed} with these flags")
-    if args.structure and not args.sparsity:
-        parser.error("--structure is what a run prunes to: it contradicts --sparsity 0")
     if args.seeds > 1 and not args.aux_weight:
         parser.error("--seeds compares runs with and without transfer: it needs --aux")
     for name in ("target", "aux", "init", "structure", "out_dir"):
@@ -168,9 +164,9 @@ def train(args):
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
-    saved = read_saved(args)
-    if saved and "states" not in saved:
-        return saved  # the result of a finished run
+    saved = read_checkpoint(args)
+    if saved and "result" in saved:  # the run was finished
+        return saved["result"]
     if saved:
         start_step, history = saved["step"], saved["history"]
         cut, best = saved["cut"], saved["best"]
@@ -278,7 +274,8 @@ def train(args):
     result |= {"validation_accuracy": best["score"][0], "params_dense": params_dense}
     result["seconds"] = time.time() - start_time
     (out / "result.json").write_text(json.dumps(result, indent=1))
-    (out / "checkpoint.pt").unlink()  # the last: until then --resume makes these files again
+    # last, and without the weights: until then --resume makes these files again
+    save_checkpoint({"args": vars(args), "history": history, "result": result}, out)
     return result
 
 
@@ -369,9 +366,8 @@ def dense_network(args, data, parent=None):
 
 def weight_optimizer(net, weight_decay):
     """AdamW; only matrices are decayed. The loop sets the rate, `lr_at`."""
-    matrices = [p for p in net.parameters() if p.dim() >= 2]
-    vectors = [p for p in net.parameters() if p.dim() < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in net.parameters() if p.dim() >= 2]},
+              {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
 
@@ -386,27 +382,22 @@ def digest_of(data, parent, given):
     return digest.hexdigest()
 
 
-def read_saved(args):
-    """What --resume finds in out_dir: a checkpoint, else the result of a finished run, else None.
-
-    Makes out_dir. Raises InputError for a run with other flags, or one that read something else.
+def read_checkpoint(args):
+    """The checkpoint from which --resume goes on, or None; makes out_dir. Raises InputError for one
+    of a run with other flags, or one that read something else.
     """
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    found = [out / name for name in ("checkpoint.pt", "result.json") if (out / name).exists()]
-    if not args.resume or not found:
+    path = Path(args.out_dir, "checkpoint.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not args.resume or not path.exists():
         return None
     try:
-        if found[0].suffix == ".pt":
-            saved = torch.load(found[0], map_location=args.device, weights_only=True)
-        else:
-            saved = json.loads(found[0].read_text())
+        saved = torch.load(path, map_location=args.device, weights_only=True)
         flags = dict(saved["args"])
     except Exception:  # whatever a truncated or foreign file provokes
-        raise InputError(f"{found[0]} cannot be read: run without --resume") from None
+        raise InputError(f"{path} cannot be read: run without --resume") from None
     for name, value in vars(args).items():
         if name not in ("resume", "seeds", "out_dir") and flags.get(name) != value:
-            raise InputError(f"{found[0]} is of a run with another {name}: {flags.get(name)}")
+            raise InputError(f"{path} is of a run with another {name}: {flags.get(name)}")
     return saved
 
 
@@ -531,7 +522,7 @@ def summary(net, args, data, prob, structure):
         "class_names": data.labels,
         "examples": {split: len(examples.ids) for split, examples in data.splits.items()},
         "args": vars(args),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
@@ -560,10 +551,10 @@ def compare(args):
     results = {"transfer": [], "no_transfer": []}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, runs in results.items():
-            aux_weight = args.aux_weight if name == "transfer" else 0.0
-            out_dir = f"{args.out_dir}/{name}_{seed}"
-            print(f"seed {seed}, {name}, in {out_dir}:")
-            changed = {"seed": seed, "aux_weight": aux_weight, "out_dir": out_dir}
+            changed = {"seed": seed, "out_dir": f"{args.out_dir}/{name}_{seed}"}
+            if name == "no_transfer":
+                changed["aux_weight"] = 0.0
+            print(f"seed {seed}, {name}, in {changed['out_dir']}:")
             runs.append(train(argparse.Namespace(**(vars(args) | changed))))
     for split in ("validation", "test"):
         helped, alone = ([100 * r[f"{split}_accuracy"] for r in runs] for runs in results.values())

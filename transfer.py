@@ -181,7 +181,7 @@ def file_rows(file):
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: save it as UTF-8: {error}") from None
     except (ValueError, csv.Error, RecursionError) as error:  # not JSON, not CSV
-        hint = "" if is_csv else " (one object per line)"
+        hint = "" if is_csv else " (a file is a .csv, or a .jsonl with one object per line)"
         raise InputError(f"{file}, row {number}: {error}{hint}") from None
 
 
@@ -388,8 +388,7 @@ def choose_examples(args):
         names["auxiliary"] = sorted({name for _, name in pairs})
         held = {*keys["validation"], *keys["test"]}
         splits["aux"] = [pair for pair in pairs if text_key(pair[0]) not in held]
-        n = len(pairs) - len(splits["aux"])
-        print(f"{n} auxiliary texts are dropped, since they are among the target's held-out texts")
+        print(f"{len(pairs) - len(splits['aux'])} auxiliary texts dropped: held out of the target")
     for split, spec in (("train", args.target), ("aux", args.aux)):
         if split in splits and len({name for _, name in splits[split]}) < 2:
             raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
@@ -408,28 +407,27 @@ def prepare(args, parent=None):
     tokenizer = parent.tokenizer if parent else words
 
     @lru_cache(maxsize=None)
-    def tokens_of(texts, tokenizer):
+    def tokens(texts, tokenizer):
         return tokenize(texts, tokenizer, args.max_length, bert)
 
     seen = dict.fromkeys([*SPECIAL, *known])
-    seen |= dict.fromkeys(token for texts in read for token in tokens_of(texts, tokenizer))
-    train = [tokens_of(texts, tokenizer) for texts, _ in splits["train"]]
-    aux = [tokens_of(texts, tokenizer) for texts, _ in splits.get("aux", [])]
+    seen |= dict.fromkeys(token for texts in read for token in tokens(texts, tokenizer))
+    train = [tokens(texts, tokenizer) for texts, _ in splits["train"]]
+    aux = [tokens(texts, tokenizer) for texts, _ in splits.get("aux", [])]
     vocab = choose_vocab(train, aux, seen, args.vocab_size, known, bert)
     if bert and args.vocab_size:
         theirs, tokenizer = tokenizer, partial(tokenizer, known=frozenset(vocab))
-        test = [texts for texts, _ in splits["test"]]
-        other = np.mean([tokens_of(t, tokenizer) != tokens_of(t, theirs) for t in test])
-        print(f"note: {other:.1%} of the test texts are read differently from the parent, since "
-              f"the vocabulary is reduced to {len(vocab)} of {len(known)} pieces")
+        other = [tokens(texts, tokenizer) != tokens(texts, theirs) for texts, _ in splits["test"]]
+        print(f"note: with {len(vocab)} of {len(known)} pieces {np.mean(other):.1%} of the test "
+              "texts are read differently from the parent")
 
     token_id = {token: i for i, token in enumerate(vocab)}
     examples = {}
     for split, pairs in splits.items():
         classes = names["auxiliary" if split == "aux" else "target"]
         class_id = {name: i for i, name in enumerate(classes)}
-        tokens = (tokens_of(texts, tokenizer) for texts, _ in pairs)
-        ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in tokens]
+        texts = (tokens(texts, tokenizer) for texts, _ in pairs)
+        ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in texts]
         examples[split] = Examples(ids, np.array([class_id[name] for _, name in pairs]))
     return Data(examples, vocab, names)
 

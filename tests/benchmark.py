@@ -15,7 +15,6 @@ import time
 from functools import partial
 from itertools import count, product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ import masks
 import model
 import train as loop
 import transfer
-from experiments import TREC_PRE, rows
+from experiments import rows
 
 CLASSES, BATCH = 5, 32
 
@@ -47,7 +46,7 @@ class Shape(NamedTuple):
 
 
 SMALL = [Shape(64, 4, 12), Shape(128, 4, 64), Shape(256, 6, 128)]  # the first is the default
-BERT = Shape(384, 6, 32, 12, 10_000, True)  # all-MiniLM-L6-v2, its vocabulary cut
+BERT = Shape(384, 6, 32, 12, 30_522, True)  # all-MiniLM-L6-v2
 
 
 def alternate(steps, repeats, calls=5):
@@ -93,31 +92,32 @@ def setting(shape):
     texts, labels = random_texts(shape), [str(i) for i in range(CLASSES)]
     vocab = [*model.SPECIAL, *map(str, range(shape.vocab - len(model.SPECIAL)))]
     labels = {"target": labels, "auxiliary": labels}
-    data = transfer.Data(texts, None, None, texts, vocab, labels, [], {})
-    parent = SimpleNamespace(config=SimpleNamespace(bert=shape.bert))
-    return args, data, loop.dense_network(args, data, parent)
+    heads, ffn = [shape.n_head] * shape.n_layer, [1] * shape.n_layer
+    sizes = (shape.vocab, shape.tokens, shape.d_model, shape.d_model // shape.n_head)
+    net = model.GatedTransformer(model.Config(*sizes, heads, ffn, bert=shape.bert), vocab, labels)
+    return args, texts, net
 
 
 def our_step(shape, pruning=True):
     """A step of the loop of train.py with both tasks, in the pruning phase or in a phase without gates."""
-    args, data, net = setting(shape)
+    args, texts, net = setting(shape)
     gates, controller = masks.Gates(shape.n_layer, shape.n_head), masks.Controller(args.gate_lr)
     optimizer = loop.weight_optimizer(net, args.weight_decay)
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
-    target, auxiliary = (loop.Task(name, data.train, args) for name in ("target", "auxiliary"))
+    target, auxiliary = (loop.Task(name, texts, args) for name in ("target", "auxiliary"))
     sizes, number = model.unit_sizes(shape.d_model, shape.n_head), count()
-    at_work = gates if pruning else None
+    active = gates if pruning else None
 
     def step():
         i = next(number)
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
-        loss_target = loop.task_loss(net, at_work, target, i, args)
+        loss_target = loop.task_loss(net, active, target, i, args)
         g_target = loop.gradients(loss_target, parameters)
-        loss_aux = loop.task_loss(net, at_work, auxiliary, i, args)
+        loss_aux = loop.task_loss(net, active, auxiliary, i, args)
         g_aux = loop.gradients(args.aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
         update = transfer.couple(g_target, g_aux, args.coupling)
         terms = [loss_target.item(), loss_aux.item()]
-        if at_work:
+        if active:
             gap = masks.sparsity(gates.prob_open(), *sizes) - 0.3
             penalty = controller.penalty(gap)
             update["log_alpha"] = update["log_alpha"] + loop.gradients(penalty, parameters)["log_alpha"]
@@ -128,7 +128,7 @@ def our_step(shape, pruning=True):
         assert np.isfinite(terms).all()
         optimizer.step()
         gate_optimizer.step()
-        if at_work:
+        if active:
             gates.clamp_()
             controller.ascend(gap)
 
@@ -147,8 +147,8 @@ def other_step(encode, parameters, shape):
         i = next(number)
         for head in heads:
             ids, labels = texts.batch(order(i))
-            real = (ids != model.PAD).unsqueeze(2)
-            pooled = (encode(ids, ids == model.PAD) * real).sum(1) / real.sum(1)
+            is_token = (ids != model.PAD).unsqueeze(2)
+            pooled = (encode(ids, ids == model.PAD) * is_token).sum(1) / is_token.sum(1)
             F.cross_entropy(head(pooled), labels).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -208,7 +208,7 @@ def extracted_network():
     learned = {row["setting"]: row for name in ("shapes", "pretrained") for row in rows(name)}
     for shape, cut in product((*SMALL, BERT), (0.5, 0.7, 0.9)):
         name = f"d_model {shape.d_model}, sparsity {cut}"
-        found = learned.get(f"{TREC_PRE[:-3]}{cut}: transfer" if shape.bert else name)
+        found = learned.get(f"trec_coarse, 200 labels, {cut}: transfer" if shape.bert else name)
         if found:
             dense = setting(shape)[2]
             units = masks.Units(torch.tensor(found["heads_kept"]), torch.tensor(found["ffn_kept"]))
@@ -229,7 +229,7 @@ def extracted_network():
 def first_command():
     print("\n4. the whole process: python train.py --aux_weight 0.5 --transfer_start 1000")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--aux_weight", "0.5", "--out_dir", folder]
+        command = [sys.executable, "train.py", "--transfer_start", "1000", "--out_dir", folder]
         start = time.perf_counter()
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

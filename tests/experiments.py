@@ -10,9 +10,16 @@
 
 A row keeps what tables, pictures and the notebook need of result.json; it is appended to
 tests/results/NAME.jsonl as soon as it is there, and found by its setting and its seed. In its flags
-`%encoder` is the folder of a BERT in the hub's layout, which the environment variable ENCODER names (all
-rows: all-MiniLM-L6-v2), `%shuffled` the film reviews with their labels in random order, any other `%NAME` a
+`%encoder` is the folder of a BERT in the Hub's layout, which the environment variable ENCODER names (all
+rows: all-MiniLM-L6-v2), `%TASK_after` the same BERT fine-tuned on the auxiliary task of TASK, without the
+texts that TASK holds out, `%shuffled` the film reviews with their labels in random order, any other `%NAME` a
 parent trained before; `@NAME` is a structure: of another setting's row, drawn at random, or of a rule.
+
+The arms of the comparison from a BERT, one command each (after `export ENCODER=folder`):
+
+    python tests/experiments.py run 0 1 "bert:sst2, 200, 0.7, 1e-4: alone"     # also: after, both, ...
+
+rows of `pretrained` were made with a vocabulary reduced to what occurs in training, by earlier commits.
 """
 
 import contextlib
@@ -103,7 +110,7 @@ for pair in (KITCHEN, SST, TREC):
 
 def structures(flags, learned):
     """Kind of structure -> flags: learned while pruning, or cut in one step from a network trained dense."""
-    cut = {"learned then cut": f"@{learned}", "bottom": "bottom"}
+    cut = {"learned then cut": f"@{learned}", "bottom": "@bottom"}
     cut |= {f"random {i}": f"@random {i}" for i in range(3)}
     return {"learned": flags} | {kind: f"{flags} --structure {name}" for kind, name in cut.items()}
 
@@ -147,56 +154,55 @@ for pair, (_, aux, n) in PAIRS.items():
 # from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
 AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
 SCHEDULE = "--steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
-ARMS = {  # after: a BERT fine-tuned on the whole auxiliary task first
-    "alone": "--init %encoder --aux none",
+BOTH = "--init %encoder"
+ARMS = {  # after: one task after the other, from a BERT fine-tuned on the whole auxiliary task
+    "both": BOTH,
     "after": "--init %TASK_after --aux none",
-    "both": "--init %encoder",
-    "both until the cut": "--init %encoder --transfer_stop 330",
-    "both, after": "--init %TASK_after",
-    "unrelated": f"--init %encoder --aux {DATA}sst2",
+    "alone": f"{BOTH} --aux none",
+    "both until the cut": f"{BOTH} --transfer_stop 330",
+    "both from the fine-tuned parent": "--init %TASK_after",
 }
+MAIN = ("both", "after", "alone")
 ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
-GIVEN = {"every second layer": "@every second layer", "lowest layers": "bottom", "learned first": "@SAME"}
-ARMS |= {kind: f"--init %encoder --finetune_steps 480 --structure {name}" for kind, name in GIVEN.items()}
+GIVEN = {"every second layer": "every second layer", "lowest layers": "bottom", "learned first": "BOTH"}
+ARMS |= {kind: f"{BOTH} --finetune_steps 480 --structure @{name}" for kind, name in GIVEN.items()}
+ARMS |= {f"{size} pieces": f"{BOTH} --vocab_size {size}" for size in (2000, 5000, 10_000)}
+ARMS["unrelated"] = f"{BOTH} --aux {DATA}sst2"
 RATES = ("1e-4", "3e-5", "1e-5")
-LIKE = {arm: "alone" if arm == "alone" else "after" if arm == "after" else "both" for arm in ARMS}
 BERT, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
 
 
-def rate(task, arm):
-    """The learning rate with the best validation accuracy of seed 0 at 70 %; other arms take that of both."""
-    found = {r: column("bert", f"{task}, 200, 0.7, {r}: {LIKE[arm]}", "validation_accuracy") for r in RATES}
-    return max(RATES, key=lambda r: found[r].get(0, 0))
-
-
-def bert(task, labels, sparsity, lr, arm, more="", seeds=range(5)):
-    """Add a setting to BERT."""
-    setting = f"{task}, {labels}, {sparsity}, {lr}{', ' if more else ''}{more}: {arm}"
+def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
+    """Add the setting of a run from a BERT, and return its name. lr: None for the learning rate with which
+    this arm (an arm with both tasks: both) has the best validation accuracy with seed 0 at 70 %.
+    """
+    own = arm if arm in MAIN else "both"
+    found = {r: column("bert", f"{task}, 200, 0.7, {r}: {own}", CHOICE[0]).get(0, 0) for r in RATES}
+    lr = lr or max(RATES, key=found.get)
+    setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
-    flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {sparsity} {more} {ARMS[arm]}"
-    own = f"{task}, {labels}, {sparsity}, {lr}: both"
-    BERT[setting] = flags.replace("TASK", task).replace("SAME", own)
-    SEEDS_OF[setting] = seeds
+    flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
+    BERT.setdefault(setting, flags.replace("TASK", task).replace("BOTH", f"{setting.partition(':')[0]}: both"))
+    SEEDS_OF[setting] = range(max(len(seeds), len(SEEDS_OF.get(setting, ()))))
+    return setting
 
 
 def bert_settings():
-    """All settings, in the order in which they are run: they depend on the learning rates that are best."""
+    """Make all settings, in the order in which they are to be run."""
     pairs = ("sst2", "trec_coarse")
-    for task, arm, lr in itertools.product(pairs, ("alone", "after", "both"), RATES):
-        bert(task, 200, 0.7, lr, arm, seeds=range(1))
-    for task, arm in itertools.product(pairs, ("both", "after", "alone", "both until the cut", "both, after")):
-        bert(task, 200, 0.7, rate(task, arm), arm)
-    for task, arm in itertools.product(pairs, ("alone", "both", "after")):
-        bert(task, 200, 0, rate(task, arm), arm)
-    for task, arm, cut in itertools.product(pairs, ("alone", "after", "both"), (0.5, 0.9)):
-        bert(task, 200, cut, rate(task, arm), arm)
+    for task, arm, lr in itertools.product(pairs, MAIN, RATES):
+        bert(task, arm, lr=lr, seeds=range(1))
+    for task, arm in itertools.product(pairs, [*MAIN, *list(ARMS)[3:5]]):
+        bert(task, arm)
+    for task, arm, cut in itertools.product(pairs, MAIN, (0, 0.5, 0.9)):
+        bert(task, arm, cut)
     for task, kind in itertools.product(pairs, GIVEN):
-        bert(task, 200, 0.7, rate(task, kind), kind)
-    for labels, arm in itertools.product((200, 0), ("alone", "after", "both")):
-        bert("acl_arc", labels, 0.7, "1e-4", arm, seeds=range(3))
-    bert("trec_coarse", 200, 0.7, rate("trec_coarse", "both"), "unrelated", seeds=range(3))
-    for task, size in itertools.product(pairs, (2000, 5000, 10_000)):
-        bert(task, 200, 0.7, rate(task, "both"), "both", f"--vocab_size {size}", range(3))
+        bert(task, kind)
+    for labels, arm in itertools.product((200, 0), MAIN):
+        bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=range(3))
+    bert("trec_coarse", "unrelated", seeds=range(3))
+    for task, arm in itertools.product(pairs, [arm for arm in ARMS if "pieces" in arm]):
+        bert(task, arm, seeds=range(3))
 
 
 SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
@@ -244,10 +250,10 @@ def without_held_out(task):
     """A folder with the auxiliary task of a pair, its training texts without those held out of the target."""
     folder = PARENTS / f"{task}_auxiliary"
     folder.mkdir(parents=True, exist_ok=True)
-    held = {transfer.text_key((text,)) for split in ("validation", "test") for text in texts(DATA + task, split)[0]}
+    held = {text_key(text) for split in ("validation", "test") for text in texts(DATA + task, split)[0]}
     for split in ("train", "validation"):
-        rows = [{"text": x, "label": y} for x, y in zip(*texts(DATA + AUXILIARY[task], split))]
-        rows = [row for row in rows if split != "train" or transfer.text_key((row["text"],)) not in held]
+        rows = [{"text": x, "label": y} for x, y in zip(*texts(DATA + AUXILIARY[task], split))
+                if split == "validation" or text_key(x) not in held]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -259,8 +265,9 @@ def parent_network(name, seed):
         own = {"film": "reviews:film", "film8x8": "reviews:film --n_layer 8 --n_head 8"}
         flags = f"--target {own.get(name, DATA + name)} --aux none --n_target 0 --sparsity 0 --steps 2000"
         if name.endswith("_after"):
-            flags = f"--init {os.environ['ENCODER']} --target {without_held_out(name.removesuffix('_after'))} "
-            flags += f"--sparsity 0 --max_length {64 if 'acl' in name else 32} --lr 1e-4 {SCHEDULE}"
+            task = name.removesuffix("_after")
+            flags = f"--init {os.environ['ENCODER']} --target {without_held_out(task)} --aux none --sparsity 0 "
+            flags += f"--max_length {64 if task == 'acl_arc' else 32} --lr 1e-4 {SCHEDULE}"
         PARENTS.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=PARENTS) as made:  # two processes may make it at once
             quick(flags, seed, made)
@@ -282,8 +289,9 @@ def structure(name, file, flags, seed):
     shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "_after": (6, 12, 384), "": (4, 4, 64)}
     L, H, width = next(shape for mark, shape in shapes.items() if mark in flags)
     sparsity, prob = float(f"{flags} --sparsity 0.7".partition("--sparsity ")[2].split()[0]), None
-    if name in ORDERS:
-        height = torch.linspace(1, 0, L)[torch.tensor(ORDERS[name]).argsort()]
+    if name in ("bottom", *ORDERS):
+        order = torch.tensor(ORDERS.get(name, range(L)))  # of layers, those to be kept first
+        height = torch.linspace(1, 0, L)[order.argsort()]
         prob = masks.Units(height.view(L, 1).expand(L, H), height)
     elif name.startswith("random"):
         generator = torch.Generator().manual_seed(100 * seed + int(name.split()[1]))
@@ -360,6 +368,10 @@ def features(net, sentences):
     return nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
 
 
+def text_key(text):
+    return transfer.text_key((text,))
+
+
 COARSER = {"very positive": "positive", "very negative": "negative"}
 TARGETS = [*PAIRS.values(), ("trec_coarse", "trec_fine", 50), ("trec_coarse", "trec_fine", 1000)]
 
@@ -379,9 +391,9 @@ def yardstick():
         x_aux, y_aux = texts(DATA + aux, "train")
         y_aux = [COARSER.get(name, name.partition(":")[0]) for name in y_aux]  # SST-5's, fine TREC's
         if (classes := set(splits["train"][1])) <= set(y_aux):
-            held = {model.normalise(text) for split in ("validation", "test") for text in splits[split][0]}
+            held = {key for split in ("validation", "test") for key in map(text_key, splits[split][0])}
             more = [(text, name) for text, name in zip(x_aux, y_aux)
-                    if name in classes and model.normalise(text) not in held]
+                    if name in classes and text_key(text) not in held]
             kinds["TF-IDF, auxiliary data too"] = list(zip(*zip(*kinds["TF-IDF"]), *more))
         for name, own in kinds.items():
             setting = f"{target}, {n or 'all'} labels: {name}"
@@ -415,7 +427,7 @@ def speed(*folders):
             net.probabilities(sample)
             seconds.append(time.perf_counter() - began)
         ms = round(1000 * statistics.median(seconds), 2)
-        row = {"setting": folder.name, "seed": result["seed"], "ms": ms}
+        row = {"setting": folder.name, "seed": result["args"]["seed"], "ms": ms}
         row["megabytes"] = round((folder / "pruned.pt").stat().st_size / 1e6, 1)
         append("speed", {**row, "parameters": result["params_pruned"]})
 
@@ -520,13 +532,16 @@ def table(head, lines):
 def scores(file, settings, baseline="none", keys=("test_accuracy",)):
     """Scores in %, and gains over a baseline, in points, paired by seed; settings without rows are left out.
 
-    baseline: the end of a setting that starts like this one, or else the whole of it.
+    baseline: the end of a setting that starts like this one, or else the whole of it; settings: if it is a
+    dict, setting -> the whole baseline.
     """
     lines, names = [], [key.replace("_", " ").removesuffix(" accuracy") for key in keys]
     for setting in settings:
         own = [setting.rpartition(mark)[0] + mark for mark in (": ", ", ") if mark in setting]
         others = [start + baseline for start in [*own, ""]]
         other = next((name for name in others if name in FILES[file]), others[0])
+        if isinstance(settings, dict):
+            other = settings[setting]
         found = [shown(column(file, setting, key)) for key in keys]
         gains = [shown(difference(file, setting, other, key), "+.1f") for key in keys]
         if n := len(column(file, setting)):
@@ -534,35 +549,55 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
     return table(["setting", *names, *(f"{name} minus {baseline}" for name in names), "n"], lines)
 
 
-def starts():
-    """Task, labels and sparsity of the pre-trained settings: what stands before their recipe."""
-    settings = [row["setting"] for row in rows("pretrained")]
-    return list(dict.fromkeys(setting.partition(": ")[0] for setting in settings))
+def compared(*groups):
+    """Scores of arms from a BERT; groups: (task, cut, arms), the first arm is what they are compared with."""
+    settings = {}
+    for task, cut, arms in groups:
+        settings |= {bert(task, arm, cut): bert(task, arms[0], cut) for arm in arms}
+    return scores("bert", settings, "the first of its task", CHOICE)
 
 
-def transfer_table():
-    """Does transfer add more to a pruned network than to the whole one?"""
+def curves():
+    """Task and arm -> step -> validation accuracies of all seeds."""
+    found = {}
+    for task, arm in itertools.product(("sst2", "trec_coarse"), ARMS):
+        of_arm = [row["validation_curve"] for row in rows("bert") if row["setting"] == bert(task, arm)]
+        for step, accuracy in itertools.chain(*of_arm):
+            found.setdefault((task, arm), {}).setdefault(step, []).append(100 * accuracy)
+    return found
+
+
+def curves_table():
+    found = {name: steps for name, steps in curves().items() if len(steps) == 5 and name[1] in [*ARMS][:5]}
+    lines = [[f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])]
+             for (task, arm), steps in found.items()]
+    return table(["setting", *(f"step {step}" for step in (100, 200, 300, 400, 480)), "n"], lines)
+
+
+def rates_table():
+    """Validation and test accuracy of seed 0 by learning rate."""
     lines = []
-    for start in starts():
-        task, _, cut = start.rpartition(", ")
-        found = [column("pretrained", f"{task}, {c}: {name}") for c in ("0", cut) for name in BOTH]
-        whole, helped, pruned, both = found
+    for task, arm in itertools.product(("sst2", "trec_coarse"), MAIN):
+        cells = []
+        for lr, key in itertools.product(RATES, CHOICE):
+            cells.append(shown(list(column("bert", bert(task, arm, lr=lr), key).values())[:1]))
+        lines.append([f"{task}: {arm}", *cells, 1])
+    return table(["setting", *(f"{lr}, {split}" for lr in RATES for split in ("validation", "test")), "n"], lines)
+
+
+def reduced_table():
+    """Rows of the reduced vocabulary: does transfer add more to a pruned network than to the whole one?"""
+    lines = []
+    for start in ("sst2, 200 labels", "trec_coarse, 200 labels", "kitchen, 200 labels"):
+        whole, helped, pruned, both = found = [column("pretrained", f"{start}, {cut}: {name}")
+                                               for cut in ("0", "0.7") for name in ("none", "transfer")]
         adds = [minus(helped, whole), minus(both, pruned)]
         gains = [*adds, minus(adds[1], adds[0]), minus(both, whole)]
-        if both and cut != "0":
-            cells = [*map(shown, found), *(shown(gain, "+.1f") for gain in gains)]
-            lines.append([task, cut, *cells, len(gains[2] or both)])
-    head = ["task", "sparsity", "unpruned", "unpruned, transfer", "pruned", "pruned, transfer"]
-    head += ["transfer adds, unpruned", "transfer adds, pruned", "difference of these"]
-    return table([*head, "pruned, transfer minus unpruned", "n"], lines)
-
-
-def pretrained_structures():
-    """All kinds of structure that have rows, with what is not one of them left out."""
-    names = [row["setting"] for row in rows("pretrained")]
-    kinds = {name: None for name in names if name.partition(": ")[2] not in [*BOTH, *OTHERS]}
-    kinds = list(kinds)
-    return scores("pretrained", dict.fromkeys(kinds), "learned", (CHOICE[0], "after_cut", CHOICE[1]))
+        cells = [*map(shown, found), *(shown(gain, "+.1f") for gain in gains)]
+        lines.append([start, *cells, len(both)])
+    head = ["task", "unpruned", "unpruned, transfer", "pruned", "pruned, transfer", "transfer adds, unpruned"]
+    head += ["transfer adds, pruned", "difference of these", "pruned, transfer minus unpruned", "n"]
+    return table(head, lines)
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
@@ -640,11 +675,14 @@ def yardstick_table():
         pair = f"{target} <- {aux}, {n or 'all'} labels"
         found = [column("yardstick", f"{target}, {n or 'all'} labels: {name}") for name in yardsticks]
         found += [column("real", f"{pair}: {recipe}") for recipe in RECIPES]
-        bert = f"{target}, {n} labels, 0.7: transfer" if AUXILIARY.get(target) == aux else ""
-        found.append(column("pretrained", bert))
+        reduced = f"{target}, {n} labels, 0.7: transfer" if AUXILIARY.get(target) == aux else ""
+        found.append(column("pretrained", reduced))
+        whole = bert(target, "both", labels=n) if AUXILIARY.get(target) == aux else ""
+        found.append(column("bert", whole))
         if found[0]:
             lines.append([pair, *map(shown, found), len(found[0])])
-    head = ["pair", *yardsticks, "ours, no transfer", "ours, transfer", "from a BERT, transfer", "n"]
+    head = ["pair", *yardsticks, "ours, no transfer", "ours, transfer", "from a BERT, reduced vocabulary"]
+    head += ["from a BERT", "n"]
     return table(head, lines)
 
 
@@ -657,16 +695,21 @@ def speed_table():
 
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
-    kitchen = [setting for setting in PRETRAINED if setting.startswith("kitchen")]
     real = [setting for setting in REAL if "unpruned" not in setting]
     unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
-    kinds = ("learned then cut", *RULES)
+    kinds, pairs = ("learned then cut", *RULES), ("sst2", "trec_coarse")
+    kept = ("learned", "learned then cut", "bottom", "random", "every second layer")
+    reduced = [f"{task}, 200 labels, 0.7: {kind}" for task in pairs for kind in kept]
     rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in kinds]
     parts = {
-        "pretrained": transfer_table(),
-        "pretrained structures": pretrained_structures(),
-        "pretrained recipes": scores("pretrained", [f"{TREC_PRE}: {r}" for r in RECIPES_PRE], keys=CHOICE),
-        "pretrained longer texts": scores("pretrained", kitchen, keys=CHOICE),
+        "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in pairs)),
+        "rates": rates_table(),
+        "curves": curves_table(),
+        "by sparsity": compared(*((task, cut, MAIN) for task in pairs for cut in (0, 0.5, 0.9))),
+        "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
+        "pieces": compared(*((task, 0.7, ["both", "10000 pieces", "5000 pieces", "2000 pieces"]) for task in pairs)),
+        "reduced": reduced_table(),
+        "reduced structures": scores("pretrained", reduced, "learned", (CHOICE[0], "after_cut", CHOICE[1])),
         "when": scores("built_in", ["none", *WINDOWS, "always"]),
         "what": scores("built_in", ["none", "always", *WHAT]),
         "how": scores("built_in", ["none", "always", "always, project", "shuffled"]),
