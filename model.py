@@ -20,9 +20,7 @@ head size.
 
 import json
 import math
-import os
 import re
-import string
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass, replace
@@ -61,10 +59,9 @@ def bert_character(c, cased):
     category = unicodedata.category(c)
     if c in "\t\n\r":
         return " "
-    is_accent = category == "Mn" and not cased
-    if is_accent or category[0] == "C" or c == "\ufffd":  # C: control characters
-        return ""
-    apart = category[0] == "P" or c in string.punctuation or re.match(f"[{CHINESE}]", c)
+    if (category == "Mn" and not cased) or category[0] == "C" or c == "\ufffd":
+        return ""  # accents (Mn), control characters
+    apart = category[0] == "P" or c in "$+<=>^`|~" or re.match(f"[{CHINESE}]", c)
     return f" {c} " if apart else c
 
 
@@ -385,8 +382,8 @@ def read_bert(name):
         for old, new in (("bert.", ""), ("Norm.gamma", "Norm.weight"), ("Norm.beta", "Norm.bias")):
             tensors = {key.replace(old, new): tensor.float() for key, tensor in tensors.items()}
     except Exception as error:  # the Hub and the readers raise dozens of types
-        raise InputError(f"{file} is missing, truncated, a web page, a pointer of Git LFS or of "
-                         f"another kind: {str(error).splitlines()[0]:.150}") from None
+        raise InputError(f"{file} is missing, truncated, a web page or a pointer of Git LFS: "
+                         f"{(str(error) or repr(error)).splitlines()[0]:.150}") from None
     return config, vocab, tensors
 
 
@@ -423,7 +420,7 @@ def load_bert(name):
         state["position.weight"] += tensors["embeddings.token_type_embeddings.weight"][0]
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:  # a name that is missing, sizes that do not fit
-        reason = f"{str(error).splitlines()[0]}; the first tensor is {min(tensors)!r}"
+        reason = f"{' '.join(str(error).split()):.200}; the first tensor is {min(tensors)!r}"
         raise InputError(f"{name} is not complete, or not a BERT: {reason}") from None
     return model
 
@@ -454,7 +451,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader has seen enough, as in "| head -1"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush
+        sys.stdout = None  # or it would be flushed once more
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ below it, by topic; above it stand the flags.
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +92,7 @@ def parse_args(argv=None):
     add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate; 1e-4 for a BERT")
     add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="learning rate of the gates")
     add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices")
-    add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread over labels")
+    add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread evenly")
     # run
     add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, weights and noise")
     add("--seeds", type=between(1, 1000, int), default=1, help="seeds, with and without transfer")
@@ -139,15 +137,15 @@ def train(args):
     # ---- data, network, gates
     torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
     out = Path(args.out_dir)
-    parent = read_parent(args)
-    args = copy.copy(args)  # to be completed by the shape, and by a digest of what is read
+    parent = read_parent(args) if args.init else None
+    args = argparse.Namespace(**vars(args))  # completed by shape and digest
     args.n_layer = len(parent.config.heads) if parent else args.n_layer or 4
     args.n_head = parent.config.heads[0] if parent else args.n_head or 4
     args.d_model = parent.config.d_model if parent else args.d_model or 64
     if args.d_model % args.n_head:
         raise InputError(f"d_model {args.d_model} is no multiple of n_head {args.n_head}")
     sizes = model.unit_sizes(args.d_model, args.n_head)
-    given = given_structure(args, sizes)  # None: gates learn it
+    given = given_structure(args) if args.structure else None  # None: gates learn it
     data = transfer.prepare(args, parent)
     print_data(data, args.max_length)
     torch.manual_seed(args.seed)  # not earlier: reading a parent draws random numbers
@@ -254,7 +252,8 @@ def train(args):
                        f"loss {loss_target:.3f}  validation accuracy {scores['accuracy']:.3f}")
             score = (scores["accuracy"], -scores["loss"])  # the lower loss breaks ties
             if phase == "finetune" and score > best["score"]:
-                best = {"score": score, "weights": copy.deepcopy(net.state_dict())}
+                weights = {name: p.clone() for name, p in net.state_dict().items()}
+                best = {"score": score, "weights": weights}
             parts = (net, gates, controller, optimizer, gate_optimizer)
             checkpoint = {
                 "args": vars(args),
@@ -283,9 +282,7 @@ def train(args):
 
 
 def read_parent(args):
-    """The dense network that --init names, on --device, or None. Raises InputError."""
-    if args.init is None:
-        return None
+    """The dense network that --init names, on --device. Raises InputError."""
     read = model.GatedTransformer.load if args.init.endswith(".pt") else model.load_bert
     parent = read(args.init).to(args.device)
     config = parent.config
@@ -302,12 +299,10 @@ def read_parent(args):
     return parent
 
 
-def given_structure(args, sizes):
-    """The structure of the run whose result.json --structure names, Units of zeros and ones, or
-    None. sizes: of model.unit_sizes. Raises InputError for one of another shape or sparsity.
+def given_structure(args):
+    """The structure of the run whose result.json --structure names, Units of zeros and ones. Raises
+    InputError for one of another shape or sparsity.
     """
-    if args.structure is None:
-        return None
     try:
         result = json.loads(Path(args.structure).read_text())
         kept = masks.Units(torch.tensor(result["heads_kept"]), torch.tensor(result["ffn_kept"]))
@@ -327,8 +322,7 @@ def print_data(data, max_length):
         n = len(examples.ids)
         full = np.mean([len(ids) == max_length for ids in examples.ids])
         unknown = np.mean(np.concatenate(examples.ids) == model.UNK)
-        print(f"  {split}: {n} examples, {full:.0%} of them with max_length tokens; "
-              f"{unknown:.1%} of the tokens are unknown")
+        print(f"  {split}: {n} texts, {full:.0%} at max_length; {unknown:.1%} of tokens unknown")
         if full > 0.1:
             print(f"note: {split} texts of more than --max_length tokens are truncated")
         if n < 100 and split in ("validation", "test"):
@@ -346,10 +340,9 @@ def dense_network(args, data, parent=None):
     copy of that of the parent's target, if they have the same class names.
     """
     shape = (len(data.vocab), args.max_length, args.d_model, args.d_model // args.n_head)
-    heads, ffn = [args.n_head] * args.n_layer, [1] * args.n_layer
-    config = model.Config(*shape, heads, ffn, n_texts=len(args.text_columns))
-    if parent:
-        config = replace(config, bert=parent.config.bert, cased=parent.config.cased)
+    heads, ffn, n_texts = [args.n_head] * args.n_layer, [1] * args.n_layer, len(args.text_columns)
+    bert, cased = (parent.config.bert, parent.config.cased) if parent else (False, False)
+    config = model.Config(*shape, heads, ffn, n_texts, bert, cased)
     net = model.GatedTransformer(config, data.vocab, data.labels).to(args.device)
     if parent:
         own = ("token.", "position.", "classifier.")  # depend on vocabulary, max_length, labels
@@ -493,8 +486,7 @@ def evaluate(net, examples, z, device):
 
 def accuracies(net, z, data, device):
     """Accuracy on the validation and on the test split."""
-    return {split: evaluate(net, data.splits[split], z, device)["accuracy"]
-            for split in ("validation", "test")}
+    return {s: evaluate(net, data.splits[s], z, device)["accuracy"] for s in ("validation", "test")}
 
 
 def gate_numbers(prob, z, sizes):
@@ -537,8 +529,7 @@ def report(r):
         print(f"test accuracy before the cut {before:.3f}, right after it {after:.3f}")
     for i, (heads, ffn) in enumerate(zip(r["heads_kept"], r["ffn_kept"])):
         print(f"  layer {i}   heads {''.join('.#'[h] for h in heads)}   feed-forward {'.#'[ffn]}")
-    print(f"training took {r['seconds']:.0f} s; pruned.pt, result.json and history.jsonl are in "
-          f"{r['args']['out_dir']}/")
+    print(f"pruned.pt and result.json are in {r['args']['out_dir']}/ after {r['seconds']:.0f} s")
 
 
 # ----------------------------------------------------------------------------- several seeds
@@ -564,12 +555,11 @@ def compare(args):
 
 
 def interval(values):
-    """Mean and half-width of the 95 % t-interval of independent values (nan for a single one)."""
+    """Mean and half-width of the 95 % t-interval of two or more independent values."""
     t975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # 1 to 7 degrees of freedom
     t975 += (2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
-    deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
-    t = t975[min(max(len(values) - 1, 1), 14) - 1]  # beyond 14 a little too wide
-    return np.mean(values), t * deviation / len(values) ** 0.5
+    t = t975[min(len(values), 15) - 2]  # beyond 14 a little too wide
+    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 # ----------------------------------------------------------------------------- the command line

@@ -18,7 +18,6 @@ Left out on purpose: more than two tasks, tasks that are not classification.
 import csv
 import hashlib
 import json
-import math
 import random
 import unicodedata
 from collections import Counter
@@ -173,7 +172,7 @@ def file_rows(file):
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
                 if is_csv and None in (*row, *row.values()):  # surplus cells, and missing ones
-                    raise ValueError("more or fewer cells than the header: quote texts with commas")
+                    raise ValueError(f"more or fewer cells than {header}: quote texts with commas")
                 if list(row) == [str(cell).strip('\ufeff"') for cell in row.values()]:
                     raise ValueError("the header once more")
                 yield f"{file}, row {number}", row
@@ -213,11 +212,12 @@ def from_hub(spec, label_column):
         raise InputError(f"{spec!r} cannot be read from the Hub: {error}") from None
     found = {}
     for split, rows in loaded.items():
-        feature = rows.features.get(label_column)
-        if isinstance(feature, datasets.ClassLabel):
-            rows = (row for row in rows if row[label_column] != -1)
-            rows = (row | {label_column: feature.names[row[label_column]]} for row in rows)
-        found[split] = [(f"{split} of {spec}, example {i}", row) for i, row in enumerate(rows, 1)]
+        class_name = dict(enumerate(getattr(rows.features.get(label_column), "names", [])))
+        rows = [(f"{split} of {spec}, example {i}", row) for i, row in enumerate(rows, 1)]
+        if class_name:  # the column is a ClassLabel
+            rows = [(place, row | {label_column: class_name.get(row[label_column])})
+                    for place, row in rows if row[label_column] != -1]
+        found[split] = rows
     return found
 
 
@@ -251,8 +251,7 @@ def example(place, row, text_columns, label_column):
                          f"{missing}: name yours by --text_columns, --label_column, ..., or take "
                          "a split without labels out of the folder")
     *texts, label = (row[column] for column in columns)
-    if isinstance(label, int):
-        label = str(label).lower()  # a boolean as JSON writes it: true
+    label = str(label).lower() if isinstance(label, int) else label  # true, as JSON writes it
     for cell in (*texts, label):
         if not isinstance(cell, str) or not cell.strip():
             raise InputError(f"{place}: a text is a string, a label a string, an integer or a "
@@ -288,10 +287,8 @@ def text_key(texts):
     """A hash, equal for examples that differ only in case, accents, spaces, punctuation or
     invisible characters: of the letters and digits of each text (if it has none, of the text).
     """
-    letters = []
-    for text in texts:
-        folded = unicodedata.normalize("NFKD", text).casefold()
-        letters.append("".join(filter(str.isalnum, folded)) or text)
+    folded = [unicodedata.normalize("NFKD", text).casefold() for text in texts]
+    letters = ["".join(filter(str.isalnum, f)) or text for f, text in zip(folded, texts)]
     return hashlib.blake2b(repr(letters).encode(), digest_size=8).digest()
 
 
@@ -300,7 +297,7 @@ def held_out(pairs):
     split depends neither on the seed nor on the order of the file.
     """
     keys = [text_key(texts) for texts, _ in pairs]
-    tenth = set(sorted(set(keys))[: math.ceil(len(set(keys)) / 10)])
+    tenth = set(sorted(set(keys))[: (len(set(keys)) + 9) // 10])  # rounded up
     held = [pair for pair, key in zip(pairs, keys) if key in tenth]
     return held, [pair for pair, key in zip(pairs, keys) if key not in tenth]
 
@@ -321,17 +318,16 @@ def limited_subset(label, n, seed):
 
 
 def choose_vocab(train, aux, seen, size, known, bert):
-    """The vocabulary of a run: tokens in order of id, SPECIAL first.
+    """The vocabulary of a run, in order of id: at most `size` tokens, unless those that always stay
+    are more. SPECIAL comes first.
 
-    Small: the target's training tokens by frequency, at most `size`; all that a parent knows; the
-    auxiliary task's by frequency, as far as there is room: they take the place of no other. A
-    BERT's: all pieces, or at most `size` of them: single characters, so that any word can be read,
-    the target's training pieces, the auxiliary task's, then the others as listed, since BERT lists
-    words by frequency.
+    Small: the target's training tokens by frequency and all that a parent knows stay always; the
+    auxiliary task's, by frequency, take the place of no other. A BERT's: single characters stay
+    always, so that any word can be read; then come the target's training pieces, the auxiliary
+    task's, and the others as listed, since BERT lists words by frequency.
 
     train, aux: lists of the tokens of a text. seen: all tokens in the order in which they were
-    read, which decides between equally frequent ones. size: None means 10,000, or all pieces of a
-    BERT. known: the parent's vocabulary, [] without one.
+    read, which decides between equally frequent ones. known: the parent's vocabulary, or [].
     """
     place = {token: i for i, token in enumerate(seen)}
 
@@ -339,19 +335,15 @@ def choose_vocab(train, aux, seen, size, known, bert):
         count = Counter(token for tokens in texts for token in tokens)
         return sorted(count, key=lambda token: (-count[token], place[token]))
 
-    own = list(dict.fromkeys([*SPECIAL, *by_frequency(train)]))
-    if not bert:
-        size = size or 10_000
-        always = dict.fromkeys([*own[:size], *known])  # each once
-        ranked = [*always, *by_frequency(aux)]
-    elif size:
-        characters = (piece for piece in known if len(piece.removeprefix("##")) == 1)
+    own = list(dict.fromkeys([*SPECIAL, *by_frequency(train)]))  # each once
+    if bert:
+        characters = [piece for piece in known if len(piece.removeprefix("##")) == 1]
         always = dict.fromkeys([*SPECIAL, CLS, *characters])
         others = [piece for piece in known if not piece.startswith("[unused")]
-        ranked = [*always, *own, *by_frequency(aux), *others]
     else:
-        return known
-    return list(dict.fromkeys(ranked))[: max(size, len(always))]
+        always, others = dict.fromkeys([*own[:size], *known]), []
+    ranked = dict.fromkeys([*always, *own, *by_frequency(aux), *others])
+    return list(ranked)[: max(size, len(always))]
 
 
 def choose_examples(args):
@@ -382,13 +374,12 @@ def choose_examples(args):
             print(f"note: {again} of the {split} texts also occur in {other}")
 
     if args.aux != "none":
-        flags = (args.aux, args.aux_text_columns, args.aux_label_column)
-        pairs = read_task(*flags, wanted=["train"])["train"]
-        read += [texts for texts, _ in pairs]
-        names["auxiliary"] = sorted({name for _, name in pairs})
+        aux = read_task(args.aux, args.aux_text_columns, args.aux_label_column, ["train"])["train"]
+        read += [texts for texts, _ in aux]
+        names["auxiliary"] = sorted({name for _, name in aux})
         held = {*keys["validation"], *keys["test"]}
-        splits["aux"] = [pair for pair in pairs if text_key(pair[0]) not in held]
-        print(f"{len(pairs) - len(splits['aux'])} auxiliary texts dropped: held out of the target")
+        splits["aux"] = [pair for pair in aux if text_key(pair[0]) not in held]
+        print(f"{len(aux) - len(splits['aux'])} auxiliary texts dropped: held out of the target")
     for split, spec in (("train", args.target), ("aux", args.aux)):
         if split in splits and len({name for _, name in splits[split]}) < 2:
             raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
@@ -414,7 +405,9 @@ def prepare(args, parent=None):
     seen |= dict.fromkeys(token for texts in read for token in tokens(texts, tokenizer))
     train = [tokens(texts, tokenizer) for texts, _ in splits["train"]]
     aux = [tokens(texts, tokenizer) for texts, _ in splits.get("aux", [])]
-    vocab = choose_vocab(train, aux, seen, args.vocab_size, known, bert)
+    vocab = known
+    if not bert or args.vocab_size:
+        vocab = choose_vocab(train, aux, seen, args.vocab_size or 10_000, known, bert)
     if bert and args.vocab_size:
         theirs, tokenizer = tokenizer, partial(tokenizer, known=frozenset(vocab))
         other = [tokens(texts, tokenizer) != tokens(texts, theirs) for texts, _ in splits["test"]]

@@ -182,7 +182,8 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
     setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
     flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
-    BERT.setdefault(setting, flags.replace("TASK", task).replace("BOTH", f"{setting.partition(':')[0]}: both"))
+    flags = flags.replace("TASK", task).replace("@BOTH", f"@{setting.partition(':')[0]}: both")
+    BERT.setdefault(setting, flags)
     SEEDS_OF[setting] = range(max(len(seeds), len(SEEDS_OF.get(setting, ()))))
     return setting
 
@@ -250,7 +251,7 @@ def without_held_out(task):
     """A folder with the auxiliary task of a pair, its training texts without those held out of the target."""
     folder = PARENTS / f"{task}_auxiliary"
     folder.mkdir(parents=True, exist_ok=True)
-    held = {text_key(text) for split in ("validation", "test") for text in texts(DATA + task, split)[0]}
+    held = {text_key(x) for split in ("validation", "test") for x in texts(DATA + task, split)[0]}
     for split in ("train", "validation"):
         rows = [{"text": x, "label": y} for x, y in zip(*texts(DATA + AUXILIARY[task], split))
                 if split == "validation" or text_key(x) not in held]
@@ -266,8 +267,8 @@ def parent_network(name, seed):
         flags = f"--target {own.get(name, DATA + name)} --aux none --n_target 0 --sparsity 0 --steps 2000"
         if name.endswith("_after"):
             task = name.removesuffix("_after")
-            flags = f"--init {os.environ['ENCODER']} --target {without_held_out(task)} --aux none --sparsity 0 "
-            flags += f"--max_length {64 if task == 'acl_arc' else 32} --lr 1e-4 {SCHEDULE}"
+            flags = f"--init {os.environ['ENCODER']} --target {without_held_out(task)} --aux none "
+            flags += f"--sparsity 0 --max_length {64 if task == 'acl_arc' else 32} --lr 1e-4 {SCHEDULE}"
         PARENTS.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=PARENTS) as made:  # two processes may make it at once
             quick(flags, seed, made)
@@ -286,7 +287,7 @@ def place(name, seed, folder):
 
 def structure(name, file, flags, seed):
     """The structure that @NAME stands for, with the keys of a result.json."""
-    shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "_after": (6, 12, 384), "": (4, 4, 64)}
+    shapes = {"%encoder": (6, 12, 384), "8x8": (8, 8, 64), "--n_layer 8": (8, 8, 64), "": (4, 4, 64)}
     L, H, width = next(shape for mark, shape in shapes.items() if mark in flags)
     sparsity, prob = float(f"{flags} --sparsity 0.7".partition("--sparsity ")[2].split()[0]), None
     if name in ("bottom", *ORDERS):
@@ -582,7 +583,8 @@ def rates_table():
         for lr, key in itertools.product(RATES, CHOICE):
             cells.append(shown(list(column("bert", bert(task, arm, lr=lr), key).values())[:1]))
         lines.append([f"{task}: {arm}", *cells, 1])
-    return table(["setting", *(f"{lr}, {split}" for lr in RATES for split in ("validation", "test")), "n"], lines)
+    head = [f"{lr}, {split}" for lr in RATES for split in ("validation", "test")]
+    return table(["setting", *head, "n"], lines)
 
 
 def reduced_table():
@@ -699,6 +701,7 @@ def tables():
     unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
     kinds, pairs = ("learned then cut", *RULES), ("sst2", "trec_coarse")
     kept = ("learned", "learned then cut", "bottom", "random", "every second layer")
+    pieces = [arm for arm in ARMS if "pieces" in arm]
     reduced = [f"{task}, 200 labels, 0.7: {kind}" for task in pairs for kind in kept]
     rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in kinds]
     parts = {
@@ -707,7 +710,7 @@ def tables():
         "curves": curves_table(),
         "by sparsity": compared(*((task, cut, MAIN) for task in pairs for cut in (0, 0.5, 0.9))),
         "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
-        "pieces": compared(*((task, 0.7, ["both", "10000 pieces", "5000 pieces", "2000 pieces"]) for task in pairs)),
+        "pieces": compared(*((task, 0.7, ["both", *pieces]) for task in pairs)),
         "reduced": reduced_table(),
         "reduced structures": scores("pretrained", reduced, "learned", (CHOICE[0], "after_cut", CHOICE[1])),
         "when": scores("built_in", ["none", *WINDOWS, "always"]),

@@ -366,6 +366,19 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
 # ---- bad input
 
 
+def test_a_lack_of_memory_is_one_line_and_a_fault_of_the_program_is_not_hidden(tmp_path, monkeypatch):
+    def failing(error):
+        raise error
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("shapes do not fit")):
+        monkeypatch.setattr(loop, "task_loss", lambda *_, error=error: failing(error))
+        if isinstance(error, torch.OutOfMemoryError):
+            assert is_one_line(*main(*TINY, "--out_dir", tmp_path)[::2])
+        else:
+            with pytest.raises(RuntimeError, match="shapes do not fit"):
+                main(*TINY, "--out_dir", tmp_path)
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
     assert is_one_line(*main(*TINY, "--out_dir", tmp_path)[::2])

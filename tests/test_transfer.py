@@ -1,55 +1,28 @@
 """Claims about the second task and about data (transfer.py)."""
 
 import csv
-import hashlib
 import json
-import os
-import tracemalloc
+import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 
-from model import CLS, PAD, SPECIAL, UNK, Config, GatedTransformer, normalise, words
-from transfer import BLAME, PRAISE, Examples, InputError, aux_weight_at, batch_order, couple, epoch_order
+import train
+from model import CLS, PAD, SPECIAL, Config, GatedTransformer, InputError, words
+from transfer import BLAME, PRAISE, Examples, aux_weight_at, batch_order, couple, epoch_order
 from transfer import limited_subset, prepare, read_task, reviews, transferred
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SPLITS, KINDS = ["train", "validation", "test"], [".jsonl", ".csv", ".parquet"]
-
-
-def write(folder, name, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+SPLITS = ["train", "validation", "test"]
 
 
 def sentences(n, start=0, label=lambda i: "yes" if i % 2 else "no"):
     return [{"text": f"sentence number {i} of many", "label": label(i)} for i in range(start, start + n)]
-
-
-def small_task(folder, **sizes):
-    """A data set folder with the splits and sizes asked for, all texts different."""
-    start = 0
-    for split, n in sizes.items():
-        write(folder, f"{split}.jsonl", sentences(n, start))
-        start += n
-    return str(folder)
-
-
-def save(path, rows):
-    """Rows in the kind of file that the name says."""
-    if path.suffix == ".jsonl":
-        write(path.parent, path.name, rows)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
 
 
 def lines(path, *content, encoding="utf-8"):
@@ -57,29 +30,60 @@ def lines(path, *content, encoding="utf-8"):
     return path
 
 
-def task(spec, text_columns=("text",), label_column="label", flag=""):
-    """The splits of a task as they were read, lists of (tuple of texts, class name), and the notes."""
-    splits, *_, notes = read_task(str(spec), list(text_columns), label_column, flag)
-    return splits, notes
+def save(path, rows):
+    """Rows in the kind of file that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".jsonl":
+        return lines(path, *(json.dumps(row) for row in rows))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
+    return path
 
 
-def refused(match, *named, **flag):
+def small_task(folder, **sizes):
+    """A folder with splits of the sizes asked for, all texts different: 0, 1, 2, ... of many."""
+    start = 0
+    for split, n in sizes.items():
+        save(folder / f"{split}.jsonl", sentences(n, start))
+        start += n
+    return folder
+
+
+def texts_task(folder, **splits):
+    """A folder with these texts; labels alternate."""
+    for split, texts in splits.items():
+        save(folder / f"{split}.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    return folder
+
+
+def task(spec, text_columns=("text",), label_column="label"):
+    """The splits of a task as they are read, lists of (tuple of texts, class name)."""
+    return read_task(str(spec), list(text_columns), label_column)
+
+
+def refused(match, *named):
     """The task is refused, with one line that matches."""
     with pytest.raises(InputError, match=match) as error:
-        task(*named, **flag)
+        task(*named)
     assert "\n" not in str(error.value)
 
 
-def data(target, aux=None, columns=("text",), aux_columns=("text",), **settings):
+def data(target, aux="none", columns=("text",), aux_columns=("text",), parent=None, **settings):
     """Everything a run reads, from the names of its tasks."""
-    settings = {"n_target": 0, "max_length": 64, "vocab_size": 1000, "seed": 0, **settings}
-    aux = (str(aux), list(aux_columns), "label") if aux else None
-    return prepare((str(target), list(columns), "label"), aux, **settings)
+    settings = {"n_target": 0, "max_length": 64, "vocab_size": None, "seed": 0, **settings}
+    flags = {"text_columns": columns, "label_column": "label", "aux_text_columns": aux_columns}
+    args = SimpleNamespace(target=str(target), aux=str(aux), aux_label_column="label", **flags, **settings)
+    return prepare(args, parent)
 
 
-def texts_of(examples, vocab):
-    """The texts of Examples, as far as they were read, as a list of strings."""
-    return [" ".join(vocab[token] for token in ids) for ids in examples.ids]
+def texts_of(read, split):
+    """The texts of a split, as far as they were read, as a list of strings."""
+    return [" ".join(read.vocab[token] for token in ids) for ids in read.splits[split].ids]
+
+
+def classes_of(read, split):
+    names = read.labels["auxiliary" if split == "aux" else "target"]
+    return [names[i] for i in read.splits[split].label]
 
 
 # ---- when, what, how
@@ -135,7 +139,7 @@ def test_built_in_sentences_are_unique_balanced_and_the_same_every_time():
         rows = [row for split in SPLITS for row in splits[split]]
         assert len({text for text, _ in rows}) == len(rows) == 8500 and splits == reviews(domain)
         assert 0.48 < np.mean([label == "positive" for _, label in rows]) < 0.52
-    assert task("reviews:film")[0]["train"][0] == (("the actor was not masterful",), "negative")
+    assert task("reviews:film")["train"][0] == (("the actor was not masterful",), "negative")
 
 
 def test_the_label_is_the_polarity_of_the_main_clause():
@@ -162,29 +166,34 @@ def test_200_sentences_do_not_show_most_of_what_the_opinion_words_mean():
 # ---- what a task is
 
 
-def test_a_folder_has_one_file_a_split_of_any_kind_and_others_are_named_as_not_read(tmp_path):
-    for i, file in enumerate(["train.csv", "validation.jsonl", "test.parquet"]):
+def test_a_folder_has_one_file_a_split_and_others_are_named_as_not_read(tmp_path, capsys):
+    """Suffixes in capitals are read, too, in a folder and of a file. Two of a name not read are fine."""
+    for i, file in enumerate(["train.CSV", "validation.jsonl", "test.JSONL"]):
         save(tmp_path / file, sentences(3, 3 * i))
-    for other in ("extra.csv", "dev.jsonl", "train-00001.parquet", "README.md", "train.txt"):
+    for other in ("extra.csv", "dev.jsonl", "dev.csv", "README.md", "train.txt"):
         lines(tmp_path / other, "not read")
-    splits, notes = task(tmp_path)
+    splits = task(tmp_path)
     for i, split in enumerate(SPLITS):
         assert [texts for texts, _ in splits[split]] == [(row["text"],) for row in sentences(3, 3 * i)]
-    assert notes == [f"not read of {tmp_path}: dev.jsonl, extra.csv, train-00001.parquet"]
-    assert task(tmp_path / "test.parquet") == ({"train": splits["test"]}, [])  # a file is a train split
-    refused("two files for one split", save(tmp_path / "test.csv", sentences(3)).parent)
+    assert capsys.readouterr().out == f"note: not read of {tmp_path}: dev, extra\n"
+    assert task(save(tmp_path / "a" / "TEST.CSV", sentences(3))) == {"train": splits["train"]}
+    save(tmp_path / "train.jsonl", sentences(3))
+    refused("two files for the train split", tmp_path)
 
 
 def test_what_is_no_task_is_refused_and_the_hub_is_not_asked(tmp_path, monkeypatch):
+    """A path that does not exist: its suffix is one that is read, or its folder is there."""
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *spec: asked.append(spec))
     monkeypatch.chdir(tmp_path)
-    save(Path("here.csv"), sentences(9))
-    for name in ("", "none", "../none", "none.jsonl", "a/none.csv", "a/b/c", "x [1]", "here.csv:part"):
-        refused("no such file or folder: '[^']*'$", name)
-    refused("no train split", ".")
-    refused("only .jsonl, .csv, .parquet", lines(Path("here.tsv"), "text\tlabel"))
-    refused("no such file or folder: 'reviews:book'", "reviews:book")
+    save(Path("data/here.csv"), sentences(9))
+    for name in ("none", "../none", "none.jsonl", "a/none.csv", "a/none.JSONL", "a/b/c", "./a/b", "x [1]",
+                 "data/missing.txt", "data/here.csv:part", "reviews:book"):  # fmt: skip
+        refused(re.escape(f"no such file or folder: '{name}'"), name)
+    assert asked == []
+    refused("no training examples", ".")
     for path in (lines(Path("none.jsonl"), ""), lines(Path("a.csv"), "text,label"), lines(Path("b.csv"))):
-        refused(f"{path} is empty", path)
+        refused(f"{path} has no training examples", path)
 
 
 def pairs(label):
@@ -193,61 +202,65 @@ def pairs(label):
     return datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["same", "other"]))
 
 
-def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_names(monkeypatch):
-    """Its configuration is named after a colon; a class that is missing is refused with its row."""
-    hub = {("owner/name", "rte"): {"train": pairs([0, 1]), "dev": pairs([0]), "validation": pairs([1])}}
-    hub["owner/name", "rte"]["test"] = pairs([-1, -1])
-    hub["owner/name", None], hub["o/n", None] = {"train": pairs([0, None])}, {"train": pairs([0, 1, -1])}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: hub[name, config])
-    splits, notes = task("owner/name:rte", ["one", "two"])
+def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_names(monkeypatch, capsys):
+    """Its configuration is named after a colon. A class of -1 is none; one that is missing is refused."""
+    rte = {"train": [0, -1, 1], "dev": [0], "validation": [1], "test": [-1, -1]}
+    hub = {("owner/name", "rte"): rte, ("owner/name", None): {"train": [-1, 0, None]}}
+    load = lambda name, config=None: {split: pairs(label) for split, label in hub[name, config].items()}
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    splits = task("owner/name:rte", ["one", "two"])
     assert splits["train"] == [(("one 0", "two 0"), "same"), (("one 1", "two 1"), "other")]
     assert splits["validation"] == splits["train"][1:] and list(splits) == SPLITS[:2]
-    no_labels = "test of owner/name:rte has no labels: it is not read"
-    assert notes == ["not read of owner/name:rte: dev", no_labels]
-    refused("owner/name:other.* hub", "owner/name:other")
-    refused("one, two, label.* --text_columns", "owner/name:rte")
-    refused(r"train of owner/name, row 2\b", "owner/name", ["one"])
-    refused(r"train of o/n, row 3\b", "o/n", ["one"])
-
-
-def test_a_split_whose_labels_are_all_minus_one_has_none_and_a_tenth_of_train_stands_for_it(monkeypatch):
-    label = {"train": lambda i: i % 2, "validation": lambda i: -(i % 2), "test": lambda i: -1}
-    hub = {split: datasets.Dataset.from_list(sentences(100, label=label[split])) for split in SPLITS}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *spec: hub)
-    read = data("owner/name")
-    assert "test of owner/name has no labels: it is not read" in read.notes
-    assert read.labels == {"target": ["-1", "0", "1"]} and len(read.test.label) == 10
-    assert "tenth of train" in read.record["target"]["splits"]["test"]
+    assert capsys.readouterr().out == "note: not read of owner/name:rte: dev\n"
+    refused("'owner/name:other' cannot be read from the Hub", "owner/name:other")
+    refused(r"\['one', 'two', 'label'\].* \['text'\].* --text_columns", "owner/name:rte")
+    refused(r"train of owner/name, example 3\b", "owner/name", ["one"])
 
 
 # ---- columns, texts and labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
 def test_columns_are_text_and_label_unless_flags_name_them(tmp_path, kind):
-    """A missing one ends the run with a line that lists the columns and names the flags of its task."""
+    """The line that says what is missing lists the columns, and names the flags."""
     rows = [{"question": f"what {i}", "coarse": i % 2, "fine": f"f{i % 3}"} for i in range(4)]
     path = save(tmp_path / f"mine{kind}", rows)
-    assert task(path, ["fine", "question"], "coarse")[0]["train"][3] == (("f0", "what 3"), "1")
-    refused("question, coarse, fine.* text, label.* --text_columns and --label_column", path)
-    refused("question, coarse, fine.* --aux_text_columns and --aux_label_column", path, flag="aux_")
-    refused("question, coarse, fine.* label", path, ["question"])
-    refused("question, coarse, fine.* Fine", path, ["question"], "Fine")
+    assert task(path, ["fine", "question"], "coarse")["train"][3] == (("f0", "what 3"), "1")
+    there = r"columns \['question', 'coarse', 'fine'\].* not "
+    refused(rf"{there}\['text', 'label'\].* --text_columns, --label_column", path)
+    refused(rf"{there}\['label'\]", path, ["question"])
+    refused(rf"{there}\['Fine'\].* out of the folder", path, ["question"], "Fine")
 
 
-def test_the_label_is_never_a_text(tmp_path):
-    refused("label", save(tmp_path / "a.csv", sentences(9)), ["text", "label"])
+def test_a_test_file_without_labels_is_to_be_taken_out_of_the_folder(tmp_path):
+    small_task(tmp_path, train=9)
+    refused(r"test.csv, row 2 .*out of the folder", lines(tmp_path / "test.csv", "text", "a").parent)
 
 
-def test_labels_are_strings_integers_and_booleans_stripped_and_composed(tmp_path):
-    """An accent may be written in two ways: they are one class. Texts are left as they are."""
-    values = ["x", " x\t", "e\u0301 ", "\u00e9", "True", "1.0", 7, -7, True, False]
-    names = ["x", "x", "\u00e9", "\u00e9", "True", "1.0", "7", "-7", "true", "false"]
-    rows = [{"text": " As It Is ", "label": value} for value in values]
-    read = task(save(tmp_path / "a.jsonl", rows))[0]["train"]
-    for some in (rows[:6], rows[6:8], rows[8:]):  # a column has one type
-        read += task(save(tmp_path / "a.parquet", some))[0]["train"]
-    assert read == [((" As It Is ",), name) for name in names * 2]
+@pytest.mark.parametrize("header", ["text;label", "text\tlabel", "text|label", "text, label", "text ,label"])
+def test_a_header_with_another_separator_or_a_space_is_shown_as_it_is_read(tmp_path, header):
+    """Also where a text has a comma."""
+    shown = re.escape(str(header.split(",")))
+    row = header.replace("text", "a text").replace("label", "x")
+    refused(rf"row 2 .*{shown}, separated by commas", lines(tmp_path / "a.csv", header, row))
+    refused(rf"row 2\b.*{shown}", lines(tmp_path / "b.csv", header, row.replace("a text", "a, or b")))
+
+
+def test_columns_without_a_name_are_not_read_and_no_name_comes_twice(tmp_path):
+    path = lines(tmp_path / "a.csv", ",v1,v2,,", "0,spam,see,,", "1,ham,you,x,")
+    assert task(path, ["v2"], "v1")["train"] == [(("see",), "spam"), (("you",), "ham")]
+    refused(r"a.csv, row 1\b.*twice: \['text', 'label', 'text'\]", lines(path, "text,label,text", "a,x,b"))
+
+
+def test_labels_are_strings_integers_and_booleans_stripped_and_texts_are_left_as_they_are(tmp_path):
+    values = ["x", " x\t", "\u00e9", "True", "1.0", 7, -7, True, False, "\ud800"]
+    names = ["x", "x", "\u00e9", "True", "1.0", "7", "-7", "true", "false", "\ud800"]
+    rows = [{"text": " As It Is \udfff", "label": value} for value in values]
+    path = save(tmp_path / "a.jsonl", rows)
+    assert task(path)["train"] == [((" As It Is \udfff",), name) for name in names]
+    written = ["01", "1", "1.0", "1e2", "true", "True", "NA", "null", "None", "nan", "-1"]
+    path = lines(tmp_path / "a.csv", "text,label", *(f"{name},{name}" for name in written))
+    assert task(path)["train"] == [((name,), name) for name in written]
 
 
 @pytest.mark.parametrize("column, value", [
@@ -256,10 +269,9 @@ def test_labels_are_strings_integers_and_booleans_stripped_and_composed(tmp_path
 ])  # fmt: skip
 def test_any_other_text_or_label_is_refused_with_file_and_row(tmp_path, column, value):
     good, bad = {"text": "a", "label": "x"}, {"text": "a", "label": "x", column: value}
-    refused(r"mine.jsonl, line 3\b", save(tmp_path / "mine.jsonl", [good, good, bad, good]))
-    refused(r"mine.parquet, row 1\b", save(tmp_path / "mine.parquet", [bad]))
+    refused(r"mine.jsonl, row 3\b", save(tmp_path / "mine.jsonl", [good, good, bad, good]))
     if isinstance(value, str):
-        refused(r"mine.csv, line 4\b", save(tmp_path / "mine.csv", [good, good, bad]))
+        refused(r"mine.csv, row 4\b", save(tmp_path / "mine.csv", [good, good, bad]))
 
 
 # ---- files
@@ -267,12 +279,12 @@ def test_any_other_text_or_label_is_refused_with_file_and_row(tmp_path, column, 
 
 @pytest.mark.parametrize("line", [
     '{"text": "a", "label": }', '{"text": "a", "label": "x"', '{"text": "a", "label": ' + 5000 * "9" + "}",
-    "[" * 100_000, '["a", "x"]', "null", "1", '{"text": "a"}',
+    "[" * 100_000, '["a", "x"]', "null", "1", '\ufeff{"text": "a", "label": "x"}', "[", '"text": "a",',
 ])  # fmt: skip
 def test_a_line_of_json_that_is_no_row_is_named(tmp_path, line):
-    """Empty lines are no rows, but they count."""
+    """As in a pretty-printed array, or in files joined with cat, each with a mark."""
     good = '{"text": "a", "label": "x"}'
-    refused(r"a.jsonl, line 3\b", lines(tmp_path / "a.jsonl", good, " ", line, good))
+    refused(r"a.jsonl, row 2: .*one object per line", lines(tmp_path / "a.jsonl", good, line, good))
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -281,125 +293,124 @@ def test_a_line_of_json_that_is_no_row_is_named(tmp_path, line):
 ])  # fmt: skip
 def test_a_line_of_csv_that_is_no_row_is_named(tmp_path, line, reason):
     """Files joined with cat have the header once more, some with a mark before it."""
-    refused(rf"a.csv, line 4\b.*{reason}", lines(tmp_path / "a.csv", "text,label", '"b\nc",x', line))
+    path = lines(tmp_path / "a.csv", "\ufefftext,label", '"b\nc",x', line)
+    refused(rf"a.csv, row 3\b.*{reason}", path)
 
 
-def test_a_header_is_refused_that_names_a_column_twice_or_uses_another_separator(tmp_path):
-    refused(r"a.csv, line 1\b.*twice", lines(tmp_path / "a.csv", "text,label,text", "a,x,b"))
-    for separator in ";\t|":
-        header = f"text{separator}label"
-        refused(r"line 2\b.*text.label.*_columns", lines(tmp_path / "a.csv", header, f"a{separator}x"))
-        refused(r"line 2\b.*separated by commas", lines(tmp_path / "a.csv", header, f"a, or b{separator}x"))
-
-
-def test_cells_of_a_csv_are_names_and_texts_as_they_are_written(tmp_path):
-    names = ["01", "1", "1.0", "1e2", "100", "true", "True", "NA", "null", "None", "nan", "-1"]
-    path = lines(tmp_path / "a.csv", "text,label", *(f"{name},{name}" for name in names))
-    assert task(path)[0]["train"] == [((name,), name) for name in names]
-
-
-@pytest.mark.parametrize("names", [["false", "mixture", "true"], ["01", "02", "1A"]])
-def test_a_class_has_the_same_name_in_every_file_of_a_task(tmp_path, names):
-    """Test files that hold only some of the classes, which look like other types, have the same ones."""
-    for split, n in zip(SPLITS, (3, 2, 2)):
-        save(tmp_path / f"{split}.csv", [{"text": f"a {name}", "label": name} for name in names[:n] * 20])
-    read = data(tmp_path)
-    assert read.labels["target"] == names
-    assert texts_of(read.test, read.vocab) == [f"a {names[i]}".lower() for i in read.test.label]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_three_kinds_of_file_say_the_same(tmp_path, kind):
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_both_kinds_of_file_say_the_same(tmp_path, kind):
     """With commas, quotes, ends of lines and a megabyte in a cell; with a mark; with the lines of Windows."""
     texts = ['say "yes", or', "two\nlines", "\u0939\u093f\u0928\u094d\u0926\u0940 \u2028", "long " * 2**18]
     path = save(tmp_path / f"a{kind}", [{"text": text, "label": f"l{i}"} for i, text in enumerate(texts)])
-    for mark in (b"", b"\xef\xbb\xbf") if kind != ".parquet" else (b"",):
+    for mark in (b"", b"\xef\xbb\xbf"):
         path.write_bytes(mark + path.read_bytes())
-        assert task(path)[0]["train"] == [((text,), f"l{i}") for i, text in enumerate(texts)]
-    if kind != ".parquet":
-        content = save(path, sentences(2)).read_bytes().replace(b"\r", b"")
-        path.write_bytes(content.replace(b"\n", b"\r\n") + b"\r\n")
-        assert [name for _, name in task(path)[0]["train"]] == ["no", "yes"]
+        assert task(path)["train"] == [((text,), f"l{i}") for i, text in enumerate(texts)]
+    content = save(path, sentences(2)).read_bytes().replace(b"\r", b"")
+    path.write_bytes(content.replace(b"\n", b"\r\n") + b"\r\n")
+    assert [name for _, name in task(path)["train"]] == ["no", "yes"]
 
 
-@pytest.mark.parametrize("encoding, line", [("latin-1", 2), ("cp1252", 2), ("utf-16", 1)])
-def test_a_file_that_is_not_utf_8_is_named_with_the_line(tmp_path, encoding, line):
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, encoding):
     for file, *content in (["a.csv", "text,label", "é,x"], ["a.jsonl", '{"text": "a", "label": 1}', '"é"']):
-        refused(rf"{file}, line {line}\b.*UTF-8", lines(tmp_path / file, *content, encoding=encoding))
+        refused(f"{file}: save it as UTF-8", lines(tmp_path / file, *content, encoding=encoding))
 
 
-def test_a_broken_parquet_file_is_refused(tmp_path):
-    """Cut off, empty, other bytes; and strings that are not UTF-8."""
-    path = save(tmp_path / "a.parquet", sentences(30))
-    for content in (path.read_bytes()[:500], b"", b"PAR1 and no more"):
-        path.write_bytes(content)
-        refused("a.parquet", path)
-    latin = pyarrow.array([b"a", b"\xe9"]).view("string")
-    pyarrow.parquet.write_table(pyarrow.table({"text": latin, "label": ["x", "y"]}), path)
-    refused("a.parquet", path)
+# ---- splits, and the same text
+
+SAME = ["A Café park.", "a cafe park .", "A CAFE\u0301  PARK", "\u200bA Café park", "a-caf\u00e9-p\u00adark",
+        "\uff21 \uff23af\u00e9 park!", "\u201cA Cafe\u201d p\u00e4rk\u2026", "\u24d0 cafe park"]  # fmt: skip
+OTHER = ["A Café parks.", "A Café park 1", "cafe a park", ":-)", "\u0430 cafe park"]  # the last: Cyrillic
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_replaced_under_the_same_path_size_and_time_is_read_anew(tmp_path, kind):
-    for odd in ("yes", "not"):
-        names = [odd if i % 2 else "yesnot".replace(odd, "") for i in range(20)]
-        os.utime(save(tmp_path / f"train{kind}", sentences(20, label=names.__getitem__)), (1e9, 1e9))
-        assert [name for _, name in task(tmp_path)[0]["train"]] == names
+def test_auxiliary_texts_that_are_the_same_as_held_out_ones_are_dropped_and_counted(tmp_path, capsys):
+    """Case, accents, spaces, punctuation, width and what cannot be seen make no other text; a letter, a digit
+    or their order does. Of texts without letters every mark counts. Those of training may stay."""
+    held = ["\ud800", SAME[0], "Straße ²", "!!"]
+    target = texts_task(tmp_path / "t", train=["one", "two"], validation=held[:2], test=held[2:])
+    aux = texts_task(tmp_path / "a", train=["One!", *SAME, *OTHER, "STRASSE 2", "\ud800", "!!!", ":-(", "!!"])
+    read = data(target, aux)
+    assert f"\n{len(SAME) + 3} auxiliary texts" in capsys.readouterr().out
+    kept = ["One!", *OTHER, "!!!", ":-("]
+    assert texts_of(read, "aux") == [" ".join(words(text)) for text in kept]
 
 
-# ---- splits
+def test_test_and_validation_texts_that_are_also_elsewhere_have_a_note(tmp_path, capsys):
+    splits = {"train": [SAME[0], "one", "two", "two"], "validation": [*SAME[1:4], "three", "TWO", ":-("]}
+    data(texts_task(tmp_path, **splits, test=[*SAME[4:6], "Two.", "Three", "four", ":-)"]))
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("note")] == [
+        "note: 3 of the test texts also occur in train",
+        "note: 4 of the validation texts also occur in train",
+        "note: 5 of the validation texts also occur in test",
+    ]
+    data(small_task(tmp_path / "good", train=20, validation=5, test=5))
+    assert "note" not in capsys.readouterr().out
 
 
-def tenth(texts):
-    """By hand: of N texts those with the smallest hashes, duplicates together, until they are a tenth of N;
-    a text is passed over by which they would be more than a fifth."""
-    value = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    count, taken = Counter(map(normalise, texts)), Counter()
-    for text in sorted(count, key=value):
-        if taken.total() < len(texts) / 10 and taken.total() + count[text] <= len(texts) // 5:
-            taken[text] = count[text]
-    return taken
-
-
-@pytest.mark.parametrize("times", [1, 40])
-def test_missing_splits_are_a_tenth_of_train_each_by_the_hash_of_the_normalised_text(tmp_path, times):
-    """First for test, then of what is left for validation. Case and spaces make no other text; the text whose
-    hash is the smallest may be too frequent."""
-    texts = [row["text"] for row in sentences(60)] + [f" SENTENCE number  {i} of many" for i in range(60)]
-    texts += list(tenth(texts))[:1] * times
-    rows = [{"text": text, "label": f"{i % 2} {normalise(text)}"} for i, text in enumerate(texts)]
-    read = data(save(tmp_path / "a.jsonl", rows), max_length=5)
-    left = [text for text in texts if normalise(text) not in tenth(texts)]
-    train = Counter(map(normalise, left)) - tenth(left)
-    for split, expected in zip(SPLITS, (train, tenth(left), tenth(texts))):
-        names = [read.labels["target"][i] for i in getattr(read, split).label]
-        assert Counter(name[2:] for name in names) == expected
-    assert sum("tenth of train" in note for note in read.notes) == 2
-
-
-def test_the_same_texts_are_in_the_same_split_whatever_else_differs(tmp_path):
-    """Order of rows, max_length, seed, subset and vocabulary; the class of a text tells which text it is."""
-    rows = [{"text": f"some words {i}", "label": f"class {i}"} for i in range(300)]
+def test_missing_splits_are_a_tenth_of_the_distinct_texts_of_train_by_hash(tmp_path, capsys):
+    """First for test, then of what is left for validation; the class of a text says which text it is. Copies
+    stay together; order of rows, length, seed, subset and vocabulary change nothing."""
+    rows = [{"text": f"{text} {i}", "label": i} for text in SAME[:3] for i in range(300)]
 
     def made(rows, **settings):
         read = data(save(tmp_path / "a.jsonl", rows), **settings)
-        return [{read.labels["target"][i] for i in split.label} for split in (read.validation, read.test)]
+        return [Counter(classes_of(read, split)) for split in ("validation", "test")]
 
     validation, test = made(rows)
-    assert len(validation) == 27 and len(test) == 30 and not validation & test
+    assert capsys.readouterr().out.count("a tenth of train is used") == 2
+    assert len(validation) == 27 and len(test) == 30 and not validation.keys() & test.keys()
+    assert set(validation.values()) == set(test.values()) == {3}
+    assert 100 < np.mean([int(name) for name in test]) < 200  # neither the first nor the last texts
     assert made(rows[::-1], max_length=2, seed=1, n_target=50, vocab_size=9) == [validation, test]
 
 
+def test_a_pair_is_held_out_as_a_pair_whatever_its_words_are_when_joined(tmp_path):
+    """A pair that is parted elsewhere is another text, and so are a pair with one other text, and a single
+    text of the same words."""
+    make = lambda *texts: [dict(zip("ab", (t.format(i) for t in texts)), label=i % 2) for i in range(9)]
+    for split in SPLITS:
+        save(tmp_path / "t" / f"{split}.jsonl", make("one {}", "two three"))
+    same = [{"a": " ONE  0", "b": "two, three", "label": 0}]  # the only one to be dropped
+    half = [{"a": "one 0", "b": "two four", "label": 0}, {"a": "none", "b": "two three", "label": 0}]
+    for rows, columns in ((make("one {} two", "three") + half + same, "ab"), (make("one {} two three"), "a")):
+        read = data(tmp_path / "t", save(tmp_path / "a.jsonl", rows), "ab", columns)
+        assert len(read.splits["aux"].ids) == len(rows) - len(same) * (columns == "ab")
+
+
+def test_truncated_texts_and_pairs_and_unknown_words_are_counted(tmp_path, capsys):
+    """Of a pair the longer text is truncated; the mark between them counts, and no text can write it."""
+    cases = {("a b c d e f", "x y"): "a b c [SEP] x y", ("a [SEP]", "u"): "a [ sep ] [SEP] u",
+             ("a b", "u v w x y z"): "a b [SEP] u v w", ("a", "b"): "a [SEP] b"}  # fmt: skip
+    rows = [{"a": a, "b": b, "label": i % 2} for i, (a, b) in enumerate(cases)]
+    save(tmp_path / "train.csv", rows)
+    save(tmp_path / "validation.csv", rows[1:])
+    save(tmp_path / "test.csv", [{"a": "a unheard", "b": "of", "label": 0}] + rows[3:])
+    read = data(tmp_path, columns="ab", max_length=6)
+    assert texts_of(read, "train") == list(cases.values()) and classes_of(read, "train") == ["0", "1"] * 2
+    train.print_data(read, 6)
+    printed = capsys.readouterr().out
+    for split, n, share in (("train", 4, "75%"), ("validation", 3, "67%"), ("test", 2, "0%")):
+        assert re.search(rf"\b{split}: {n} .*\b{share} .*max_length", printed)
+    assert re.search(r"\btest: 2 .*\b28\.6% ", printed)  # unknown are 2 of 7
+
+
 def test_too_few_texts_or_classes_are_refused(tmp_path):
-    few = save(tmp_path / "few.jsonl", sentences(2) * 10)
     one = save(tmp_path / "one.jsonl", sentences(30, label=lambda i: -1))
     target = small_task(tmp_path / "t", train=20, validation=5, test=5)
-    cases = [("too few", 0, few), ("too few", 0, save(tmp_path / "single.jsonl", sentences(1)))]
-    cases += [("two classes", 0, one), ("two classes", 0, target, one)]
-    cases += [("--aux_text_columns", 0, target, save(tmp_path / "other.csv", [{"a": "b"}]))]
-    for reason, n, *tasks in [*cases, *((f"n_target {n}: of 20", n, target) for n in (1, 21))]:
+    few = [save(tmp_path / f"{n}.jsonl", sentences(n)) for n in (1, 2, 3)]
+    cases = [("two classes", 0, path) for path in (one, *few)] + [("two classes", 0, target, one)]
+    for reason, n, *tasks in [*cases, *((f"n_target {n}: take 2 to 20", n, target) for n in (1, 21))]:
         with pytest.raises(InputError, match=reason):
             data(*tasks, n_target=n)
+
+
+def test_of_an_auxiliary_task_only_train_is_read(tmp_path):
+    """A test split without labels, as many have, stops no run."""
+    target = small_task(tmp_path / "t", train=20, validation=5, test=5)
+    save(tmp_path / "a" / "train.jsonl", sentences(20, 50))
+    save(tmp_path / "a" / "test.jsonl", [{"text": "no label here"}])
+    assert len(data(target, tmp_path / "a").splits["aux"].ids) == 20
 
 
 # ---- limited data
@@ -418,45 +429,10 @@ def test_limited_subset_is_stratified_nested_and_seeded():
     assert (limited_subset(label, 100, 7) != limited_subset(label, 100, 8)).any()
 
 
-def test_auxiliary_examples_of_the_held_out_splits_are_dropped_and_counted(tmp_path):
-    """Case and spaces make no other text; a word beyond max_length does. Those of training may stay."""
-    target = small_task(tmp_path / "t", train=20, validation=5, test=5)  # sentences 0-19, 20-24, 25-29
-    texts = "SENTENCE  number 22 of many", "sentence number 23 of many more"
-    write(tmp_path / "a", "train.jsonl", sentences(40, 10) + [{"text": t, "label": "no"} for t in texts])
-    read = data(target, tmp_path / "a", max_length=3)
-    kept = [f"sentence number {i}" for i in (*range(10, 20), *range(30, 50), 23)]
-    assert texts_of(read.aux, read.vocab) == kept
-    assert "auxiliary texts dropped, because they are held out: 11" in read.notes
-
-
-def test_a_pair_is_held_out_as_a_pair_whatever_its_words_are_when_joined(tmp_path):
-    """A pair that is parted elsewhere is another text, and so is a single text of the same words."""
-    make = lambda *texts: [dict(zip("ab", (t.format(i) for t in texts)), label=i % 2) for i in range(9)]
-    for split in SPLITS:
-        write(tmp_path / "t", f"{split}.jsonl", make("one {}", "two three"))
-    same = {"a": " ONE  0", "b": "two three", "label": 0}  # the only one to be dropped
-    for rows, columns in ((make("one {} two", "three") + [same], "ab"), (make("one {} two three"), "a")):
-        path = save(tmp_path / "a.jsonl", rows)
-        assert len(data(tmp_path / "t", path, "ab", columns).aux.label) == 9
-
-
-def test_of_a_pair_the_longer_text_is_cut_first(tmp_path):
-    """Of equally long ones the second; a pair of 6 tokens has 5 words and a mark, which no text can write."""
-    cases = {
-        ("a b c d e f", "x y"): "a b c [SEP] x y", ("a b", "u v w x y z"): "a b [SEP] u v w",
-        ("a b c d e f", "u v w x y z"): "a b c [SEP] u v", ("a [SEP]", "u"): "a [ sep ] [SEP] u",
-    }  # fmt: skip
-    rows = [{"a": a, "b": b, "label": i % 2} for i, (a, b) in enumerate(cases)]
-    for split in SPLITS:
-        save(tmp_path / f"{split}.csv", rows)
-    read = data(tmp_path, columns="ab", max_length=6)
-    assert texts_of(read.train, read.vocab) == list(cases.values())
-
-
 # ---- vocabulary
 
 
-def test_the_vocabulary_is_that_of_a_count_by_hand(tmp_path):
+def test_the_vocabulary_is_that_of_a_count_by_hand(tmp_path, capsys):
     """The target's training words come first, then a parent's, then the auxiliary task's, which fill what is
     left; each by frequency, equally frequent ones in the order in which they occur in whole train files."""
     rng = np.random.default_rng(0)
@@ -465,136 +441,71 @@ def test_the_vocabulary_is_that_of_a_count_by_hand(tmp_path):
     tasks = save(tmp_path / "t.jsonl", rows), save(tmp_path / "a.jsonl", more)
     first = list(dict.fromkeys(" ".join(row["text"] for row in rows + more).split()))
 
-    def by_frequency(examples):
-        count = Counter(" ".join(texts_of(examples, read.vocab)).split())
+    def by_frequency(split):
+        count = Counter(" ".join(texts_of(read, split)).split())
         return sorted(count, key=lambda word: (-count[word], first.index(word)))
 
     read, alone, other = (data(*t, n_target=20, seed=s) for t, s in ((tasks, 0), (tasks[:1], 0), (tasks, 1)))
-    own = by_frequency(read.train)
-    full = list(dict.fromkeys([*SPECIAL, *own, *by_frequency(read.aux)]))
+    assert "\n20 of 81 training examples are used" in capsys.readouterr().out
+    own = by_frequency("train")
+    full = list(dict.fromkeys([*SPECIAL, *own, *by_frequency("aux")]))
     assert read.vocab == full and alone.vocab == [*SPECIAL, *own] and len(own) < 50 < len(full)
-    assert texts_of(read.train, full) == texts_of(alone.train, full) and other.vocab != full  # subsets
-    assert data(*tasks, n_target=20, vocab_size=50).vocab == full[:50]
+    assert texts_of(read, "train") == texts_of(alone, "train") and other.vocab != full  # subsets
+    for size in (10, 50):
+        assert data(*tasks, n_target=20, vocab_size=size).vocab == full[:size]
     vocab = [*SPECIAL, *(f"z{i}" for i in range(60))]
     parent = GatedTransformer(Config(63, 9, 8, 4, [2], [1]), vocab, {"target": ["x"]})
     assert data(*tasks, n_target=20, vocab_size=50, parent=parent).vocab == [*SPECIAL, *own, *vocab[3:]]
 
 
-LETTERS = [mark + letter for mark in ("", "##") for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
-PIECES = ["sentence", "number", "of", "man", "often", "un", "##used", "zebra", "##bra"]
+LETTERS = [mark + letter for letter in "zyxwvutsrqponmlkjihgfedcba" for mark in ("", "##")]
+PIECES = ["zebra", "seen", "##bra", "often", "man", "of", "##used", "un", "rare"]
 
 
-def bert_task(folder, **settings):
-    """A BERT, and a target and an auxiliary task that are read by its word pieces."""
-    vocab = [*SPECIAL, CLS, *PIECES, *LETTERS]
+@pytest.mark.parametrize("size, several", [
+    (None, None), (4, []), (57, ["of"]), (59, ["of", "seen", "man"]), (60, ["of", "seen", "man", "un"]),
+    (61, ["of", "seen", "man", "un", "often"]),
+    (10**6, ["of", "seen", "man", "un", "often", "[MASK]", "zebra", "##bra", "##used", "rare"]),
+])  # fmt: skip
+def test_a_berts_vocabulary_is_whole_unless_a_size_is_asked_for(tmp_path, capsys, size, several):
+    """By hand: special tokens and single characters always; the target's pieces by frequency, however
+    frequent the auxiliary task's are, which are next; then the others as the parent lists them. Of the texts
+    to test on, 2 of 8 have a zebra, 4 others are often seen, and 2 have only letters."""
+    vocab = [*SPECIAL, CLS, "[unused0]", "[MASK]", *PIECES, *LETTERS]
     bert = GatedTransformer(Config(len(vocab), 32, 8, 4, [2], [1], bert=True), vocab, {"target": ["x"]})
-    small_task(folder / "t", train=20, validation=5)
-    write(folder / "t", "test.jsonl", [{"text": "A zebra, sentence 7", "label": i % 2} for i in range(9)])
-    write(folder / "a", "train.jsonl", sentences(20, 50) + [{"text": "often unof", "label": "no"}] * 99)
-    return bert, data(folder / "t", folder / "a", parent=bert, **settings)
-
-
-def test_of_a_berts_vocabulary_stays_what_occurs_in_training_and_single_characters(tmp_path):
-    """Training texts are read as by the whole vocabulary; an unseen word in smaller pieces."""
-    bert, read = bert_task(tmp_path)
-    assert read.vocab[:3] == SPECIAL and len(read.vocab) == len(set(read.vocab))
-    assert set(read.vocab) == {*SPECIAL, CLS, *LETTERS, "sentence", "number", "of", "man", "often", "un"}
-    for examples, rows in ((read.train, sentences(20)), (read.aux, sentences(20, 50))):
-        expected = [" ".join([CLS, *bert.tokenizer(row["text"]), "[SEP]"]) for row in rows]
-        assert texts_of(examples, read.vocab)[:20] == expected
-    assert bert.tokenizer("zebra,") == ["zebra", "[UNK]"]  # this vocabulary has no comma
-    assert texts_of(read.test, read.vocab)[0] == "[CLS] a z ##e ##b ##r ##a [UNK] sentence 7 [SEP]"
-
-
-def test_a_part_of_the_training_examples_has_a_note(tmp_path):
-    notes = data(small_task(tmp_path / "t", train=40, validation=5, test=5), n_target=20).notes
-    assert "20 of 40 training examples are used; all: --n_target 0" in notes
-
-
-def test_of_an_auxiliary_task_only_train_is_read(tmp_path):
-    """A test split without labels, as many have, stops no run."""
-    target = small_task(tmp_path / "t", train=20, validation=5, test=5)
-    write(tmp_path / "a", "train.jsonl", sentences(20, 50))
-    write(tmp_path / "a", "test.jsonl", [{"text": "no label here"}])
-    assert len(data(target, tmp_path / "a").aux.label) == 20
-
-
-def test_the_size_of_a_berts_vocabulary_is_capped_by_frequency(tmp_path):
-    """The pieces of several characters are: the target's come first, however frequent those of the auxiliary
-    task are."""
-    several = lambda vocab: [piece for piece in vocab if len(piece.strip("#")) > 1 and piece[0] != "["]
-    for size, n in ((1000, 6), (10, 4), (7, 2)):
-        bert, read = bert_task(tmp_path, vocab_size=size)
-        assert several(read.vocab) == ["sentence", "number", "of", "man", "often", "un"][:n]
-        assert {*SPECIAL, CLS, *LETTERS} < set(read.vocab)
-
-
-# ---- notes and record
-
-
-def test_each_of_these_surprises_has_a_note_and_good_data_have_none(tmp_path):
-    good = {"train": sentences(300), "validation": sentences(100, 400), "test": sentences(120, 500)}
-    train, test = good["train"], good["test"]
-
-    def notes(max_length=5, n_target=0, **splits):
-        for split, rows in (good | splits).items():
-            write(tmp_path, f"{split}.jsonl", rows)
-        return data(tmp_path, n_target=n_target, max_length=max_length).notes
-
-    assert notes() == []
-    no = [{"text": f"SENTENCE  number {i} of many", "label": "no"} for i in (0, 2, 2)]
-    for expected, change in (
-        ("1 classes have no training", {"test": test + [{"text": "sentence number 9", "label": "maybe"}]}),
-        ("30 classes have", {"train": sentences(300, label=lambda i: f"{i % 30}"), "n_target": 2}),
-        ("3 of the test texts also occur", {"test": test + no}),
-        ("100% of the training texts are longer than max_length", {"max_length": 4}),
-        ("only 9 validation and 99 test", {"validation": test[:9], "test": test[:99]}),
-        ("99.2% of the test texts are of", {"test": sentences(120, 500, lambda i: ["yes", "no"][i > 500])}),
-        ("100% of the test words", {"test": [r | {"text": r["text"].replace(" ", "")} for r in test]}),
-        ("differ only by case: Yes, yes", {"train": [train[1] | {"label": "Yes"}, *train[2:]]}),
-        ("2 texts occur with more than one label", {"train": train + [row | {"label": "yes"} for row in no]}),
-    ):
-        assert any(expected in note for note in notes(**change)), (expected, notes(**change))
-
-
-def test_the_record_describes_both_tasks_and_can_be_written_as_json(tmp_path):
-    target = small_task(tmp_path / "t", train=20, validation=5, test=5)
-    aux = small_task(tmp_path / "a", train=40)
-    record = json.loads(json.dumps(data(target, aux, n_target=10, max_length=4).record))
-    about, auxiliary = record["target"], record["auxiliary"]
-    assert about["text_columns"] == ["text"] and about["label_column"] == "label"
-    assert list(about["splits"]) == SPLITS and all(target in source for source in about["splits"].values())
-    assert about["examples"] == {"train": 10, "validation": 5, "test": 5}
-    assert about["labels"] == {"no": 5, "yes": 5}  # of the subset
-    assert auxiliary["examples"] == {"train": 30} and auxiliary["labels"] == {"no": 15, "yes": 15}
-    assert about["first"] in [[row["text"], row["label"]] for row in sentences(20)]
-    assert record["unknown"] == {"train": 0.0, "test": 0.25}
-
-
-def test_thousands_of_classes_and_of_pairs_need_little_memory(tmp_path):
-    """6,000 classes would be 288 MB in a matrix of integers; 400,000 pairs in 2.5 GB are 6 kB a pair."""
-    rows = [{"a": f"word{i} and others " * 4, "b": f"of number {i} " * 3, "label": i} for i in range(6000)]
-    tracemalloc.start()
-    read = data(save(tmp_path / "a.jsonl", rows), columns="ab")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(read.labels["target"]) == 6000 and peak < 6000 * 6000
+    test = ["A zebra"] * 2 + ["often seen"] * 4 + ["q", "w q"]
+    target = texts_task(tmp_path / "t", train=["of man of", "seen seen of"], validation=["un"], test=test)
+    aux = texts_task(tmp_path / "a", train=["un un"] * 9 + ["often"] * 9)
+    read = data(target, aux, parent=bert, vocab_size=size)
+    printed = capsys.readouterr().out
+    if size is None:
+        assert read.vocab == vocab and "differently" not in printed
+        assert texts_of(read, "test")[1:3] == ["[CLS] a zebra [SEP]", "[CLS] often seen [SEP]"]
+        return
+    assert read.vocab == [*SPECIAL, CLS, *LETTERS, *several]
+    share = 2 * ("zebra" not in several) + 4 * (not {"often", "seen"} <= set(several))
+    assert f" {share / 8:.1%} of the test texts are read differently" in printed
+    assert f"{len(read.vocab)} of {len(vocab)} pieces" in printed
+    a_zebra = "zebra" if "zebra" in several else "z ##e ##b ##r ##a"
+    assert texts_of(read, "test")[1] == f"[CLS] a {a_zebra} [SEP]"
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real data here")
 @pytest.mark.parametrize("target, aux", [("trec_coarse", "trec_fine"), ("sst2", "sst5")])
 def test_real_texts_are_read_as_by_hand(target, aux):
     """Splits, words, labels, and what is dropped of a second task on the same sentences."""
-    files = [DATA / name / "train.jsonl" for name in (target, aux)]
-    rows, more = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
-    read = data(files[0], DATA / aux, vocab_size=10**6)
-    test = tenth([row["text"] for row in rows])
-    left = [row for row in rows if normalise(row["text"]) not in test]
-    held = test | tenth([row["text"] for row in left])
-    for task, examples, kept in (("target", read.train, left), ("auxiliary", read.aux, more)):
-        kept = [row for row in kept if normalise(row["text"]) not in held]
-        assert texts_of(examples, read.vocab) == [" ".join(words(row["text"])[:64]) for row in kept]
-        assert [read.labels[task][i] for i in examples.label] == [row["label"] for row in kept]
+    read = data(DATA / target, DATA / aux, vocab_size=10**6)
+    rows = {}
+    for name, spec in (("train", target), ("validation", target), ("test", target), ("aux", aux)):
+        file = DATA / spec / f"{name}.jsonl".replace("aux", "train")
+        rows[name] = [json.loads(line) for line in file.open(encoding="utf-8")]
+    letters = lambda row: "".join(c for c in row["text"].lower() if c.isalnum() and c.isascii())
+    held = {letters(row) for row in rows["validation"] + rows["test"]}
+    rows["aux"] = [row for row in rows["aux"] if letters(row) not in held]
+    for name, listed in rows.items():
+        assert classes_of(read, name) == [row["label"] for row in listed]
+    for name in ("train", "aux"):
+        assert texts_of(read, name) == [" ".join(words(row["text"])[:64]) for row in rows[name]]
 
 
 # ---- order and batches
@@ -613,6 +524,17 @@ def test_every_epoch_visits_every_example_once_and_the_order_is_a_function_of_se
     assert (batch_order(examples, 9, seed=1)(17) == order(17)).all()
     assert (batch_order(examples, 9, seed=2)(17) != order(17)).any()
     assert len(batch_order(examples, 200, seed=1)(0)) == 200  # a batch may be larger than the data
+
+
+def test_batches_are_sorted_by_length_and_themselves_in_random_order():
+    """A step has one batch of the epoch, whole: 256 lengths in pools of 16 batches of 2. Longer and shorter
+    ones follow each other by chance: 127 pairs of neighbours, 0.5 give or take three standard errors."""
+    length = np.random.default_rng(0).permutation(256) + 1
+    order = batch_order(of_lengths(length), 2, seed=1)
+    batches = np.array([length[order(step)] for step in range(256)])
+    assert (batches[:, 0] < batches[:, 1]).all()
+    for epoch in batches.mean(1).reshape(2, 128):
+        assert abs(np.mean(epoch[1:] > epoch[:-1]) - 0.5) < 3 * (1 / 12 / 127) ** 0.5
 
 
 def test_few_texts_meet_by_chance_in_the_next_epoch():
