@@ -471,7 +471,7 @@ def evaluate(net, examples, z, device):
     """
     # similar lengths together: little padding
     order = np.argsort([len(ids) for ids in examples.ids], kind="stable")
-    parts = [order[start : start + 64] for start in range(0, len(order), 64)]
+    parts = [order[start : start + 128] for start in range(0, len(order), 128)]
     logits = torch.cat([net(examples.batch(part, device)[0], "target", z) for part in parts]).cpu()
     labels, predicted = torch.from_numpy(examples.label[order]), logits.argmax(1)
     C = logits.shape[1]

@@ -1,16 +1,13 @@
 """Speed, measured side by side in one process: python tests/benchmark.py [section numbers]
 
 Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Sections:
-1 training step, 2 cost of the gates, 3 extracted network, 4 the first command. Products run at the precision
-that train.py sets, "medium", except where a line says so. transformers is needed for 1 and 3 (by hand).
+1 training step, 2 extracted network. Products run at the precision that train.py sets, "medium", except
+where a line says so. By hand only: pip install transformers.
 """
 
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from itertools import count, product
@@ -98,39 +95,34 @@ def setting(shape):
     return args, texts, net
 
 
-def our_step(shape, pruning=True):
-    """A step of the loop of train.py with both tasks, in the pruning phase or in a phase without gates."""
+def our_step(shape):
+    """A step of the loop of train.py with both tasks and active gates."""
     args, texts, net = setting(shape)
     gates, controller = masks.Gates(shape.n_layer, shape.n_head), masks.Controller(args.gate_lr)
     optimizer = loop.weight_optimizer(net, args.weight_decay)
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=args.gate_lr, betas=(0.5, 0.9))
     target, auxiliary = (loop.Task(name, texts, args) for name in ("target", "auxiliary"))
     sizes, number = model.unit_sizes(shape.d_model, shape.n_head), count()
-    active = gates if pruning else None
 
     def step():
         i = next(number)
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
-        loss_target = loop.task_loss(net, active, target, i, args)
+        loss_target = loop.task_loss(net, gates, target, i, args)
         g_target = loop.gradients(loss_target, parameters)
-        loss_aux = loop.task_loss(net, active, auxiliary, i, args)
+        loss_aux = loop.task_loss(net, gates, auxiliary, i, args)
         g_aux = loop.gradients(args.aux_weight * loss_aux, transfer.transferred(parameters, args.transfer))
         update = transfer.couple(g_target, g_aux, args.coupling)
-        terms = [loss_target.item(), loss_aux.item()]
-        if active:
-            gap = masks.sparsity(gates.prob_open(), *sizes) - 0.3
-            penalty = controller.penalty(gap)
-            update["log_alpha"] = update["log_alpha"] + loop.gradients(penalty, parameters)["log_alpha"]
-            terms.append(penalty.item())
+        gap = masks.sparsity(gates.prob_open(), *sizes) - 0.3
+        penalty = controller.penalty(gap)
+        update["log_alpha"] = update["log_alpha"] + loop.gradients(penalty, parameters)["log_alpha"]
         for name, p in parameters.items():
             p.grad = update.get(name)
-        terms.append(nn.utils.clip_grad_norm_(net.parameters(), 1.0).item())
-        assert np.isfinite(terms).all()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        assert np.isfinite([loss_target.item(), loss_aux.item(), penalty.item(), norm.item()]).all()
         optimizer.step()
         gate_optimizer.step()
-        if active:
-            gates.clamp_()
-            controller.ascend(gap)
+        gates.clamp_()
+        controller.ascend(gap)
 
     return step
 
@@ -195,16 +187,8 @@ def training_step():
             print(f"      {name:42} {t:7.1f}  ({ms['ours'] / t:.2f})", flush=True)
 
 
-def cost_of_gates():
-    print("\n2. training step with gates and controller on, against both off, ms")
-    for shape in (*SMALL, BERT):
-        steps = {"on": our_step(shape), "off": our_step(shape, pruning=False)}
-        ms = alternate(steps, 30 if shape.d_model < 256 else 5)
-        print(f"   {shape}: {ms['on']:.1f} / {ms['off']:.1f} = {ms['on'] / ms['off']:.3f}", flush=True)
-
-
 def extracted_network():
-    print("\n3. extracted network, structures learned by train.py: ms")
+    print("\n2. extracted network, structures learned by train.py: ms")
     learned = {row["setting"]: row for name in ("shapes", "pretrained") for row in rows(name)}
     for shape, cut in product((*SMALL, BERT), (0.5, 0.7, 0.9)):
         name = f"d_model {shape.d_model}, sparsity {cut}"
@@ -226,19 +210,9 @@ def extracted_network():
                 print(f"   {name}, batch {batch}: {line}; {faster:.1f} times faster", flush=True)
 
 
-def first_command():
-    print("\n4. the whole process: python train.py --aux_weight 0.5 --transfer_start 1000")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--transfer_start", "1000", "--out_dir", folder]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"   {time.perf_counter() - start:.1f} s, peak {mb:.0f} MB")
-
-
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("medium")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    sections = [training_step, cost_of_gates, extracted_network, first_command]
+    sections = [training_step, extracted_network]
     for number in map(int, sys.argv[1:] or range(1, len(sections) + 1)):
         sections[number - 1]()

@@ -741,6 +741,7 @@ def tables():
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
 COLOURS = {"none": (BLUE, "no transfer"), "transfer": (ORANGE, "transfer")}
+LABEL_OF = {"both": "both at once", "after": "one after\nthe other", "alone": "target alone"}
 
 
 def curve(axis, x, columns, recipe):
@@ -802,24 +803,22 @@ def pictures():
     right.legend(title="pruned by 70 %")
     figure.savefig(RESULTS / "overview.png", dpi=100)
 
-    # those that have rows; with two sparsities there is nothing to see
-    tasks = ("trec_coarse, 200 labels", "trec_coarse, 50 labels", "sst2, 200 labels")
-    cuts = (0, 0.5, 0.7, 0.9)
-    tasks = [task for task in tasks
-             if sum(bool(column("pretrained", f"{task}, {cut}: none")) for cut in cuts) > 2]
-    figure, axes = plt.subplots(1, max(1, len(tasks)), figsize=(10, 2.8), sharey=True, squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        for shift, recipe in enumerate(COLOURS):  # shifted, to be told apart
-            found = {cut: column("pretrained", f"{task}, {cut}: {recipe}") for cut in cuts}
-            curve(axis, [100 * cut + shift for cut in found], found.values(), recipe)
-        axis.set(title=task, xlabel="sparsity, %", xlim=(-5, 95), ylim=(30, 102))
-        axis.legend(loc="lower left")
-    axes[0][0].set_ylabel("test accuracy, %")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True)
+    for axis, task in zip(axes, ("sst2", "trec_coarse")):
+        axis.axvspan(50, 330, color="#EEEEEE")
+        for arm, colour in zip(MAIN, (ORANGE, GREEN, BLUE)):
+            found = curves().get((task, arm), {})
+            axis.plot(found.keys(), [statistics.mean(v) for v in found.values()], "o-", color=colour)
+            if found:
+                axis.annotate(LABEL_OF[arm], (480, statistics.mean(found[480])), (8, -4),
+                              textcoords="offset points", color=colour)
+        axis.set(title=task, xlabel="step; gates are active in the grey part", xlim=(80, 600))
+    axes[0].set_ylabel("validation accuracy, %")
     figure.savefig(RESULTS / "pretrained.png", dpi=100)
 
     kept = {}
-    for row in rows("pretrained"):
-        if row["setting"].endswith(", 200 labels, 0.7: transfer"):
+    for row in rows("bert"):
+        if row["setting"].endswith("200, 0.7, 1e-4: both"):
             heads = np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]])  # a gap between
             kept.setdefault(row["setting"].partition(",")[0], []).append(heads)
     figure, axes = plt.subplots(1, len(kept), figsize=(1 + 3.5 * len(kept), 2.4), sharey=True, squeeze=False)

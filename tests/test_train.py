@@ -326,8 +326,7 @@ def test_during_pruning_the_network_that_is_evaluated_is_the_extracted_one(watch
     """Evaluation multiplies by the deterministic gates: the network cut out by them has the same logits
     (1e-5 is rounding). No other phase has gates."""
     evaluated = [call for call in watched.calls if not call.training and call.z is not None]
-    evaluated = [call for call in evaluated if call.ids.shape[0] in (64, 36)]  # parts of 100 texts
-    evaluated = evaluated[: 2 * (TUNE - PRUNE) : 2]  # the first part of each; two more come before the cut
+    evaluated = evaluated[: TUNE - PRUNE]  # two more come right before the cut
     assert len(evaluated) == TUNE - PRUNE
     assert max(call.apart for call in evaluated) < 1e-5 and any((call.z.head < 1).any() for call in evaluated)
     for step, (call, row) in enumerate(zip(evaluated, history(watched.folder)[PRUNE:]), PRUNE):
