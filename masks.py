@@ -1,22 +1,22 @@
 """Gates: from one number per unit to a 0/1 structure of the size asked for (structured pruning).
 
-One real number log_alpha per prunable unit (an attention head, an attention sublayer, a
-feed-forward sublayer) parametrises a random gate z in [0, 1] that is often exactly 0 or exactly 1,
-yet lets gradients through (hard concrete, Louizos, Welling, Kingma 2018). A controller steers the
+One real number log_alpha per gate (of an attention head, an attention sublayer, a feed-forward
+sublayer) parametrises a random z in [0, 1] that is often exactly 0 or exactly 1, and lets gradients
+through in between (hard concrete, Louizos, Welling, Kingma 2018). A controller steers the
 expected sparsity along a schedule (an augmented Lagrangian, as in Wang et al. 2020 and Xia et al.
 2022, CoFi), and at the end one global choice turns the probabilities into a structure.
 
 This file needs nothing but torch: copy it into your own project. These lines gate any stack of
 n_layer layers with n_head heads of d_head channels. Here `network` is a torch.nn.TransformerEncoder
-with bias=False and norm_first=True, batches() and loss_of() are yours, and head_size and ffn_size
-count the parameters of a head and of a feed-forward sublayer:
+of layers with bias=False and norm_first=True, batches() and loss_of() are yours, and head_size and
+ffn_size count the parameters of a head and of a feed-forward sublayer:
 
     gates, controller = Gates(n_layer, n_head), Controller(gate_lr=0.05)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     gate_optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05, betas=(0.5, 0.9))
     for step, (x, y) in enumerate(batches()):
         z, gated = gates.sample(), dict(network.named_parameters())
-        for i in range(n_layer):  # the weights that read a gated unit are multiplied by its gate
+        for i in range(n_layer):  # the output weights of a unit are multiplied by its gate
             heads = z.head[i].repeat_interleave(d_head)  # one for each column that reads a head
             for name, gate in (("self_attn.out_proj.weight", heads), ("linear2.weight", z.ffn[i])):
                 gated[f"layers.{i}.{name}"] = gated[f"layers.{i}.{name}"] * gate
@@ -186,10 +186,10 @@ def select(prob, sparsity, head_size, ffn_size):
     if there is room, and of equally probable ones heads before feed-forward sublayers, and lower
     layers before higher ones.
 
-    A feed-forward sublayer is as large as many heads, so that a purely greedy choice fills up with
-    heads and may drop all of them at once. Therefore the most probable one comes first, provided
-    that it leaves room for a head in every layer. Raises ValueError for a probability that is NaN
-    and a sparsity outside [0, 1].
+    A feed-forward sublayer is as large as many heads: a purely greedy choice may spend the budget
+    on heads and drop every feed-forward sublayer. Therefore the most probable feed-forward sublayer
+    comes first, if it leaves room for a head in every layer. Raises ValueError for a probability
+    that is NaN or a sparsity outside [0, 1].
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is a fraction, from 0 to 1, not {sparsity}")
@@ -198,7 +198,7 @@ def select(prob, sparsity, head_size, ffn_size):
         raise ValueError("a probability is NaN: has the training diverged?")
     n_heads, n_layer = prob.head.numel(), prob.ffn.numel()
     size = [head_size] * n_heads + [ffn_size] * n_layer
-    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay, and rounding
+    room = math.floor(sum(size) * (1 - sparsity) + 1e-6)  # parameters that may stay; 1e-6: rounding
     if ffn_size + n_layer * head_size <= room:
         p[n_heads + prob.ffn.argmax()] = 2.0  # more than any probability: it comes first
     keep = torch.zeros_like(p)

@@ -55,7 +55,7 @@ CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f80
 
 @lru_cache(maxsize=None)
 def bert_character(c, cased):
-    """What BERT's tokenizer makes of one character: a space, nothing, itself, or itself apart."""
+    """What BERT's tokenizer makes of a character: a space, nothing, itself, or itself in spaces."""
     category = unicodedata.category(c)
     if c in "\t\n\r":
         return " "
@@ -68,7 +68,8 @@ def bert_character(c, cased):
 @lru_cache(maxsize=2**17)
 def split_word(word, known):
     """The pieces of a word: the longest piece of `known` that it starts with, then the longest that
-    the rest starts with, written with ##; or [UNK], if that fails. known: a frozenset.
+    the rest starts with, written with ##; or [UNK], if that fails. known: a frozenset, which the
+    cache can hash.
     """
     if len(word) > 100:  # the tokenizer's limit
         return [SPECIAL[UNK]]
@@ -98,11 +99,11 @@ def word_pieces(text, known, cased):
 def tokenize(texts, tokenizer, max_length, bert):
     """The tokens of an example, at most max_length.
 
-    texts: a tuple of strings; tokenizer: a function from a string to its tokens. Small: a [SEP] b;
-    a BERT's: [CLS] a [SEP] b [SEP]. The longer text is truncated first.
+    texts: a tuple of strings; tokenizer: a function from a string to its tokens. The small network
+    reads a [SEP] b, a BERT [CLS] a [SEP] b [SEP]. The longer text is truncated first.
     """
     parts = [tokenizer(text) for text in texts]
-    n_special = len(parts) + 1 if bert else len(parts) - 1  # [CLS] and [SEP] each, or between
+    n_special = len(parts) + 1 if bert else len(parts) - 1  # [SEP] after each, or between
     room = max(1, max_length - n_special)
     parts = [part[:room] for part in parts]
     while sum(len(part) for part in parts) > room:
@@ -131,7 +132,7 @@ class Config:
 
 
 def scale(x, factor):
-    """x times a gate or a dropout mask; None: there is none."""
+    """x times a gate or a dropout mask; x itself if the factor is None."""
     return x if factor is None else x * factor.to(x.dtype)
 
 
@@ -165,9 +166,8 @@ class Block(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_head) + attn_mask  # (B, H, T, T)
-        context = scores.softmax(-1) @ v  # (B, H, T, D)
-        if z is not None:
-            context = context * z.view(-1, 1, 1).to(x.dtype)  # a closed head contributes zero
+        z = None if z is None else z.view(-1, 1, 1)
+        context = scale(scores.softmax(-1) @ v, z)  # (B, H, T, D), a closed head contributes zero
         return self.out(context.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def feed_forward(self, x, z=None):
@@ -202,7 +202,7 @@ class GatedTransformer(nn.Module):
         self.config, self.vocab, self.labels = config, vocab, labels
         self.word_id = {word: i for i, word in enumerate(vocab)}
         self.tokenizer = words
-        if config.bert:  # a partial function, unlike a lambda, can be pickled
+        if config.bert:  # a partial function can be pickled, and takes another `known`
             self.tokenizer = partial(word_pieces, known=frozenset(vocab), cased=config.cased)
         self.token = nn.Embedding(config.vocab_size, config.d_model)
         self.position = nn.Embedding(config.max_length, config.d_model)
@@ -261,7 +261,7 @@ class GatedTransformer(nn.Module):
         """Token ids of an example: a string or a tuple of strings."""
         texts = (text,) if isinstance(text, str) else text
         if len(texts) != self.config.n_texts:
-            raise ValueError(f"{text!r:.80}: not {self.config.n_texts} text(s), as in training")
+            raise ValueError(f"{text!r:.80} is not {self.config.n_texts} text(s), as in training")
         tokens = tokenize(texts, self.tokenizer, self.config.max_length, self.config.bert)
         return [self.word_id.get(token, UNK) for token in tokens]
 
@@ -283,7 +283,7 @@ class GatedTransformer(nn.Module):
             model = cls(Config(**parts["config"]), parts["vocab"], parts["labels"])
             model.load_state_dict(parts["state"])
         except Exception:  # whatever a missing, truncated or foreign file provokes
-            raise InputError(f"{path} is missing, or no network of this train.py") from None
+            raise InputError(f"{path} is missing, or this train.py did not write it") from None
         return model
 
 
@@ -300,7 +300,7 @@ def dropout_masks(model, batch_size, p, generator):
     return drawn.unsqueeze(2).unbind(1)
 
 
-# ------------------------------------------------------------------------- the same network smaller
+# ----------------------------------------------------------------------------- the pruned network
 
 
 def unit_sizes(d_model, n_head):
@@ -348,15 +348,13 @@ THEIRS = {  # our part of a tensor's name -> theirs
 
 
 def is_hub_name(name):
-    """Whether a name is owner/name, and no path: there is neither such a file nor such an owner's
-    folder here.
-    """
+    """Whether a name has the form owner/name and is no path, since there is no folder `owner`."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
 def read_bert(name):
     """config.json, vocab.txt and the weights of a BERT: a dict, a list of pieces, and name ->
-    float32 tensor with old names made new. Raises InputError.
+    float32 tensor, with today's names. Raises InputError, which names the file.
     """
     from huggingface_hub import snapshot_download  # here: only this function needs them
     from safetensors.torch import load_file
@@ -382,7 +380,7 @@ def read_bert(name):
         for old, new in (("bert.", ""), ("Norm.gamma", "Norm.weight"), ("Norm.beta", "Norm.bias")):
             tensors = {key.replace(old, new): tensor.float() for key, tensor in tensors.items()}
     except Exception as error:  # the Hub and the readers raise dozens of types
-        raise InputError(f"{file} is missing, truncated, a web page or a pointer of Git LFS: "
+        raise InputError(f"{file} cannot be read; missing, truncated, a web page, Git LFS pointer? "
                          f"{(str(error) or repr(error)).splitlines()[0]:.150}") from None
     return config, vocab, tensors
 
@@ -390,8 +388,8 @@ def read_bert(name):
 def load_bert(name):
     """A dense GatedTransformer without classifiers, with the weights and the vocabulary of a BERT.
 
-    name: a folder with FILES, or owner/name on the Hugging Face Hub. Raises InputError for one that
-    cannot be read, or whose config.json or vocabulary is of a kind that is not supported here.
+    name: a folder with FILES (or pytorch_model.bin), or owner/name on the Hugging Face Hub. Raises
+    InputError for one that cannot be read, or is of a kind that is not supported here.
     """
     config, vocab, tensors = read_bert(name)
     try:
@@ -404,10 +402,9 @@ def load_bert(name):
         token = tensors["embeddings.word_embeddings.weight"]
         position = tensors["embeddings.position_embeddings.weight"]
         if not 0 <= len(token) - len(vocab) < 64:  # some have padding, up to a multiple of 64
-            raise InputError(f"{name}: vocab.txt has {len(vocab)} lines, and the embedding "
-                             f"{len(token)} rows: one of them is truncated or another model's")
+            raise InputError(f"{name}: vocab.txt has {len(vocab)} lines, the weights {len(token)}")
         row = {piece: i for i, piece in enumerate(vocab)}
-        row = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # SPECIAL first
+        row = {piece: row[piece] for piece in (*SPECIAL, CLS)} | row  # these come first
         cased = any(piece != piece.lower() and not piece.startswith("[") for piece in row)
         shape = (len(row), len(position), C, C // H, [H] * L, [1] * L)
         model = GatedTransformer(Config(*shape, bert=True, cased=cased), list(row), {})

@@ -11,6 +11,7 @@ below it, by topic; above it stand the flags.
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ from model import InputError
 def between(low, high, kind=float):
     """For argparse: a number of this kind within [low, high], or an error."""
 
-    def number(text):  # argparse says "invalid number value" where it is none
+    def number(text):  # the name is part of argparse's error: "invalid number value"
         value = kind(text)
         if not low <= value <= high:  # also true for nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -43,7 +44,7 @@ NATURAL = between(0, 10_000_000, int)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are InputErrors, as all others are."""
+    """A parser whose errors are InputErrors, like those of bad data."""
 
     def error(self, message):
         raise InputError(message)
@@ -53,26 +54,26 @@ def parse_args(argv=None):
     """Flags of a run as a namespace; argv: list of strings, None = the command line. Raises
     InputError.
     """
-    usage, shown = "python train.py [--flag value ...]", argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(usage=usage, description=__doc__, formatter_class=shown, allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], usage="python train.py [--flag value ...]",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     # data
     add("--target", default="reviews:restaurant", help="task: folder, file, Hugging Face Hub name")
-    add("--aux", help="auxiliary task, or none; None: reviews:film for the built-in target")
+    add("--aux", help="auxiliary task, or none; unset: reviews:film for the default target")
     add("--text_columns", nargs="+", default=["text"], help="columns of the texts: two for pairs")
     add("--label_column", default="label", help="column of the target's label")
     add("--aux_text_columns", nargs="+", default=["text"], help="columns of the auxiliary texts")
     add("--aux_label_column", default="label", help="column of the auxiliary label")
-    add("--n_target", type=NATURAL, help="target examples to train on, 0 = all; None: 200 built-in")
+    add("--n_target", type=NATURAL, help="training examples, 0 = all; unset: all, or 200 built-in")
     add("--max_length", type=between(1, 4096, int), default=64, help="maximum sequence length")
-    add("--vocab_size", type=between(4, 10**9, int), help="vocabulary; None: 10,000, a BERT: whole")
+    add("--vocab_size", type=between(4, 10**9, int), help="tokens; unset: 10,000, a BERT's: all")
     # model
     add("--init", help="start from a dense run's pruned.pt, or a BERT: folder or Hub name")
-    add("--n_layer", type=between(1, 100, int), help="layers; None: the parent's, else 4")
-    add("--n_head", type=between(1, 1000, int), help="heads per layer; None: likewise")
-    add("--d_model", type=between(1, 10_000, int), help="hidden size; None: the parent's, else 64")
+    add("--n_layer", type=between(1, 100, int), help="layers; unset: those of --init, else 4")
+    add("--n_head", type=between(1, 1000, int), help="heads per layer; unset: likewise")
+    add("--d_model", type=between(1, 10_000, int), help="hidden size; unset: likewise, or 64")
     add("--dropout", type=between(0, 0.99), default=0.1, help="dropout probability")
-    # pruning; gates that are all closed have an expected sparsity of 0.968
+    # pruning; with all log_alpha at their lower limit the expected sparsity is 0.968
     add("--sparsity", type=between(0, 0.96), default=0.7, help="share of prunable weights to prune")
     add("--prune_start", type=NATURAL, default=500, help="step at which sparsity starts to rise")
     add("--prune_ramp", type=NATURAL, default=1000, help="steps over which it rises")
@@ -88,14 +89,14 @@ def parse_args(argv=None):
         help="what: parameters that the auxiliary loss trains")
     # optimization
     add("--steps", type=between(1, 10**7, int), default=3000, help="optimizer steps in all")
-    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples a task and step")
+    add("--batch_size", type=between(1, 10_000, int), default=32, help="examples per task")
     add("--lr", type=between(1e-9, 1e3), default=1e-3, help="learning rate; 1e-4 for a BERT")
     add("--gate_lr", type=between(1e-9, 1e3), default=0.05, help="learning rate of the gates")
     add("--weight_decay", type=between(0, 1e3), default=0.01, help="decay of the matrices")
     add("--label_smoothing", type=between(0, 0.99), default=0.1, help="probability spread evenly")
     # run
     add("--seed", type=between(0, 10**6, int), default=0, help="decides subset, weights and noise")
-    add("--seeds", type=between(1, 1000, int), default=1, help="seeds, with and without transfer")
+    add("--seeds", type=between(1, 1000, int), default=1, help="number of seeds to compare")
     add("--resume", action="store_true", help="resume the interrupted run of the same command")
     add("--out_dir", default="out", help="folder for result.json, history.jsonl and pruned.pt")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -115,14 +116,14 @@ def parse_args(argv=None):
         needed += args.prune_start + args.prune_ramp
         needed += round((masks.INIT + masks.LIMIT) / args.gate_lr)
     if needed > args.steps:
-        parser.error(f"--steps {args.steps}: the phases need {needed} with these flags")
+        parser.error(f"--steps {args.steps}: the phases need {needed}: see --prune_start, ...")
     if args.seeds > 1 and not args.aux_weight:
-        parser.error("--seeds compares runs with and without transfer: it needs --aux")
+        parser.error("--seeds compares with and without transfer: it needs --aux and --aux_weight")
     for name in ("target", "aux", "init", "structure", "out_dir"):
         if getattr(args, name) == "":
             parser.error(f"--{name} is empty: is a shell variable not set?")
     for path in (Path(args.init or ""), Path(args.structure or "")):
-        if path.is_file() and path.resolve().parent == Path(args.out_dir).resolve():
+        if path.is_file() and Path(args.out_dir).resolve() in path.resolve().parents:
             parser.error(f"{path} lies in out_dir, which is overwritten: use another --out_dir")
     return args
 
@@ -162,9 +163,11 @@ def train(args):
     best = {"score": (-1.0, 0.0), "weights": None}
 
     # ---- or all of it as the checkpoint has it
+    out.mkdir(parents=True, exist_ok=True)
     saved = read_checkpoint(args)
     if saved and "result" in saved:  # the run was finished
         return saved["result"]
+    (out / "pruned.pt").unlink(missing_ok=True)  # of an earlier run
     if saved:
         start_step, history = saved["step"], saved["history"]
         cut, best = saved["cut"], saved["best"]
@@ -173,7 +176,7 @@ def train(args):
             net = model.extract(net, structure)
             optimizer = weight_optimizer(net, args.weight_decay)
         parts = (net, gates, controller, optimizer, gate_optimizer)
-        for part, state in zip(parts, saved["states"]):
+        for part, state in zip(parts, saved["states"], strict=True):
             part.load_state_dict(state)
 
     # ---- schedule and batches
@@ -190,20 +193,20 @@ def train(args):
             cut = {"accuracy_before_cut": accuracies(net, gates.deterministic(), data, args.device)}
             structure = given or masks.select(gates.prob_open(), args.sparsity, *sizes)
             net = model.extract(net, structure)
-            optimizer = weight_optimizer(net, args.weight_decay)  # Adam's had the old shapes
+            optimizer = weight_optimizer(net, args.weight_decay)  # its moments had the old shapes
             cut["accuracy_after_cut"] = accuracies(net, None, data, args.device)
         active = gates if phase == "prune" else None  # None: all units are open
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.lr, finetune_start, args.steps)
 
-        # when and what is transferred; minimised are the losses of both tasks and the penalty
+        # when and what: the gradients of the target's and of the weighted auxiliary loss
         parameters = {**dict(net.named_parameters()), "log_alpha": gates.log_alpha}
         window = (args.transfer_start, args.transfer_stop)
         aux_weight = transfer.aux_weight_at(step, args.aux_weight, *window)
         shared = transfer.transferred(parameters, args.transfer)
         loss_target = task_loss(net, active, target, step, args)
-        g_target, g_aux = gradients(loss_target, parameters), {}
-        loss_aux = penalty = torch.zeros(())
+        g_target = gradients(loss_target, parameters)
+        g_aux, loss_aux, penalty = {}, torch.zeros(()), torch.zeros(())
         if aux_weight:
             loss_aux = task_loss(net, active, auxiliary, step, args)
             g_aux = gradients(aux_weight * loss_aux, shared)
@@ -233,7 +236,7 @@ def train(args):
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
             z = gates.deterministic() if active else None
             scores = evaluate(net, data.splits["validation"], z, args.device)
-            # losses, lambda1 and prob are from before the update, as the controller saw them
+            # losses, penalty, lambda1 and prob are from before the update; z and scores after it
             row = {
                 "step": step + 1,
                 "phase": phase,
@@ -324,17 +327,17 @@ def print_data(data, max_length):
         unknown = np.mean(np.concatenate(examples.ids) == model.UNK)
         print(f"  {split}: {n} texts, {full:.0%} at max_length; {unknown:.1%} of tokens unknown")
         if full > 0.1:
-            print(f"note: {split} texts of more than --max_length tokens are truncated")
+            print(f"note: many {split} texts fill --max_length: longer ones are truncated")
         if n < 100 and split in ("validation", "test"):
             print(f"note: only {n} {split} texts: accuracies are uncertain")
-    first = data.splits["train"]
-    text = " ".join(data.vocab[token] for token in first.ids[0])
-    print(f"  the first: {text:.70}: {data.labels['target'][first.label[0]]}")
+    train_split = data.splits["train"]
+    text = " ".join(data.vocab[token] for token in train_split.ids[0])
+    print(f"  the first: {text:.70}: {data.labels['target'][train_split.label[0]]}")
 
 
 @torch.no_grad()
 def dense_network(args, data, parent=None):
-    """The network before pruning, with random weights or, where it has such, the parent's.
+    """The network before pruning: with random weights, or with the parent's where shapes agree.
 
     Embeddings are copied by word. The target's classifier starts anew; the auxiliary one becomes a
     copy of that of the parent's target, if they have the same class names.
@@ -376,11 +379,10 @@ def digest_of(data, parent, given):
 
 
 def read_checkpoint(args):
-    """The checkpoint from which --resume goes on, or None; makes out_dir. Raises InputError for one
-    of a run with other flags, or one that read something else.
+    """The checkpoint from which --resume goes on, or None. Raises InputError for one of a run with
+    other flags, or one that read other data, another parent or structure (data_digest).
     """
     path = Path(args.out_dir, "checkpoint.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not args.resume or not path.exists():
         return None
     try:
@@ -395,11 +397,12 @@ def read_checkpoint(args):
 
 
 def save_checkpoint(checkpoint, out):
-    """Write history.jsonl, and checkpoint.pt: whole or as before, whatever happens."""
+    """Write history.jsonl and checkpoint.pt; the latter is never left half written."""
     lines = [json.dumps(row) + "\n" for row in checkpoint["history"]]
     (out / "history.jsonl").write_text("".join(lines))
-    with open(out / "checkpoint.tmp", "wb") as file:  # an OSError if the disk is full
-        torch.save(checkpoint, file)
+    content = io.BytesIO()  # not into the file at once, where torch hides a full disk and Ctrl-C
+    torch.save(checkpoint, content)
+    (out / "checkpoint.tmp").write_bytes(content.getvalue())
     (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
 
 
@@ -435,8 +438,7 @@ def noise_seed(seed, task, step):
     steps that a run may have, and stay below 2**32, since torch's CPU generator reads no further
     bits of a seed.
     """
-    place = 2 * seed + 1 if task == "auxiliary" else 2 * seed
-    return place * 10_000_000 + step
+    return (2 * seed + (task == "auxiliary")) * 10_000_000 + step
 
 
 def task_loss(net, gates, task, step, args):
@@ -541,12 +543,11 @@ def compare(args):
     """
     results = {"transfer": [], "no_transfer": []}
     for seed in range(args.seed, args.seed + args.seeds):
-        for name, runs in results.items():
-            changed = {"seed": seed, "out_dir": f"{args.out_dir}/{name}_{seed}"}
-            if name == "no_transfer":
-                changed["aux_weight"] = 0.0
-            print(f"seed {seed}, {name}, in {changed['out_dir']}:")
-            runs.append(train(argparse.Namespace(**(vars(args) | changed))))
+        for name, aux_weight in zip(results, (args.aux_weight, 0.0)):
+            out_dir = f"{args.out_dir}/{name}_{seed}"
+            print(f"seed {seed}, {name}, in {out_dir}:")
+            changed = {"seed": seed, "aux_weight": aux_weight, "out_dir": out_dir}
+            results[name].append(train(argparse.Namespace(**(vars(args) | changed))))
     for split in ("validation", "test"):
         helped, alone = ([100 * r[f"{split}_accuracy"] for r in runs] for runs in results.values())
         gain, half = interval(np.subtract(helped, alone))

@@ -34,7 +34,7 @@ from model import CLS, PAD, SPECIAL, UNK, InputError, is_hub_name, tokenize, wor
 
 
 def aux_weight_at(step, aux_weight, transfer_start, transfer_stop):
-    """When: weight of the auxiliary loss: `aux_weight` from start to stop (excluded), else 0."""
+    """When: the weight of the auxiliary loss, `aux_weight` if start <= step < stop, else 0."""
     return aux_weight if transfer_start <= step < transfer_stop else 0.0
 
 
@@ -49,7 +49,8 @@ def transferred(parameters, transfer):
     def is_shared(name):
         if name.startswith("classifier."):
             return name.startswith("classifier.auxiliary.")
-        return transfer in ("both", "gates" if name == "log_alpha" else "weights")
+        kind = "gates" if name == "log_alpha" else "weights"
+        return transfer in ("both", kind)
 
     return {name: p for name, p in parameters.items() if is_shared(name)}
 
@@ -63,15 +64,15 @@ def couple(g_target, g_aux, coupling):
     them touches passes unchanged. Auxiliary Task Update Decomposition (Dery et al. 2021) weights
     three parts of g_aux by eta: orthogonal to g_target, along it, and against it. "sum" is eta =
     (1, 1, 1); "project", with g_target as the only basis vector, is (1, 1, 0), a one-sided form of
-    the projection of Yu et al. 2020.
+    PCGrad (Yu et al. 2020).
     """
     update = {**g_target, **g_aux}
     both = [name for name in g_aux if name in g_target]
     against = 0.0
     if coupling == "project" and both:
         dot = sum(torch.sum(g_aux[name] * g_target[name]) for name in both)
-        norm = sum(torch.sum(g_target[name] ** 2) for name in both)
-        against = (dot / norm.clamp(min=1e-30)).clamp(max=0)  # 0 where the tasks agree
+        squared_norm = sum(torch.sum(g_target[name] ** 2) for name in both)
+        against = (dot / squared_norm.clamp(min=1e-30)).clamp(max=0)  # 0 if the gradients agree
     for name in both:
         update[name] = g_target[name] + g_aux[name] - against * g_target[name]
     return update
@@ -172,9 +173,9 @@ def file_rows(file):
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
                 if is_csv and None in (*row, *row.values()):  # surplus cells, and missing ones
-                    raise ValueError(f"more or fewer cells than {header}: quote texts with commas")
-                if list(row) == [str(cell).strip('\ufeff"') for cell in row.values()]:
-                    raise ValueError("the header once more")
+                    raise ValueError(f"more or fewer cells, separated by commas, than {header}")
+                if is_csv and list(row) == [cell.strip('\ufeff"') for cell in row.values()]:
+                    raise ValueError("the header again: were two files joined?")  # with BOMs, too
                 yield f"{file}, row {number}", row
                 number += 1
     except UnicodeDecodeError as error:
@@ -198,8 +199,8 @@ def from_files(path):
 
 
 def from_hub(spec, label_column):
-    """Like `from_files`, for owner/name or owner/name:config on the Hub. Labels are class names;
-    examples without a label (-1, as in the test splits of GLUE) are left out.
+    """Like `from_files`, for owner/name or owner/name:config on the Hub. Labels of a ClassLabel are
+    its class names; rows of it without a label (-1, as in test splits of GLUE) are left out.
     """
     import datasets  # here, not above: importing it takes seconds
 
@@ -232,14 +233,14 @@ def read_task(spec, text_columns, label_column, wanted=SPLITS):
         return {split: [((text,), name) for text, name in pairs[split]] for split in wanted}
     found = from_files(Path(spec)) if Path(spec).exists() else from_hub(spec, label_column)
     if unread := [split for split in found if split not in SPLITS]:
-        print(f"note: not read of {spec}: {', '.join(unread)}")
+        print(f"note: these splits of {spec} are not used: {', '.join(unread)}")
     splits = {}
     for split in wanted:
         rows = found.get(split, [])
         if pairs := [example(place, row, text_columns, label_column) for place, row in rows]:
             splits[split] = pairs
     if "train" not in splits:
-        raise InputError(f"{spec} has no training examples: it needs train.jsonl or train.csv")
+        raise InputError(f"{spec} has no training examples: it needs a train split (train.csv)")
     return splits
 
 
@@ -248,14 +249,14 @@ def example(place, row, text_columns, label_column):
     columns = [*text_columns, label_column]
     if missing := [column for column in columns if column not in row]:
         raise InputError(f"{place} has the columns {list(row)}, separated by commas, but not "
-                         f"{missing}: name yours by --text_columns, --label_column, ..., or take "
-                         "a split without labels out of the folder")
+                         f"{missing}: name yours by --text_columns, --label_column (or --aux_...), "
+                         "or take a split without labels out of the folder")
     *texts, label = (row[column] for column in columns)
     label = str(label).lower() if isinstance(label, int) else label  # true, as JSON writes it
-    for cell in (*texts, label):
+    for column, cell in zip(columns, (*texts, label)):
         if not isinstance(cell, str) or not cell.strip():
-            raise InputError(f"{place}: a text is a string, a label a string, an integer or a "
-                             f"boolean, and neither is empty: not {cell!r:.40}")
+            raise InputError(f"{place}: {column!r} is {cell!r:.40}; a text is a string, a label a "
+                             "string, an integer or a boolean, and neither is empty")
     return tuple(texts), label.strip()
 
 
@@ -321,10 +322,11 @@ def choose_vocab(train, aux, seen, size, known, bert):
     """The vocabulary of a run, in order of id: at most `size` tokens, unless those that always stay
     are more. SPECIAL comes first.
 
-    Small: the target's training tokens by frequency and all that a parent knows stay always; the
-    auxiliary task's, by frequency, take the place of no other. A BERT's: single characters stay
-    always, so that any word can be read; then come the target's training pieces, the auxiliary
-    task's, and the others as listed, since BERT lists words by frequency.
+    Of words, the target's training tokens (the most frequent ones) and all that a parent knows are
+    always kept; the auxiliary task's fill the places that are free. Of a BERT's pieces, single
+    characters are always kept, so that any word can be read; then come the target's training
+    pieces, the auxiliary task's, and the others in their own order without [unusedN], since BERT
+    lists words by frequency.
 
     train, aux: lists of the tokens of a text. seen: all tokens in the order in which they were
     read, which decides between equally frequent ones. known: the parent's vocabulary, or [].
@@ -356,17 +358,17 @@ def choose_examples(args):
     """
     splits = read_task(args.target, args.text_columns, args.label_column)
     read = [texts for pairs in splits.values() for texts, _ in pairs]
-    for name in ("test", "validation"):
-        if name not in splits:
-            print(f"note: no {name} split ({name}.jsonl or .csv): a tenth of train is used")
-            splits[name], splits["train"] = held_out(splits["train"])
+    for split in ("test", "validation"):
+        if split not in splits:
+            print(f"note: no {split} split ({split}.jsonl or .csv): a tenth of train is used")
+            splits[split], splits["train"] = held_out(splits["train"])
     names = {"target": sorted({name for pairs in splits.values() for _, name in pairs})}
     whole = splits["train"]
     if args.n_target == 1 or args.n_target > len(whole):
         raise InputError(f"n_target {args.n_target}: take 2 to {len(whole)} examples, or 0 for all")
     chosen = limited_subset(np.array([name for _, name in whole]), args.n_target or None, args.seed)
     splits["train"] = [pair for pair, is_chosen in zip(whole, chosen) if is_chosen]
-    print(f"{len(splits['train'])} of {len(whole)} training examples are used; all: --n_target 0")
+    print(f"{len(splits['train'])} of {len(whole)} training examples are used (--n_target 0: all)")
     keys = {split: [text_key(texts) for texts, _ in splits[split]] for split in SPLITS}
     for split, other in (("test", "train"), ("validation", "train"), ("validation", "test")):
         others = set(keys[other])
@@ -379,7 +381,7 @@ def choose_examples(args):
         names["auxiliary"] = sorted({name for _, name in aux})
         held = {*keys["validation"], *keys["test"]}
         splits["aux"] = [pair for pair in aux if text_key(pair[0]) not in held]
-        print(f"{len(aux) - len(splits['aux'])} auxiliary texts dropped: held out of the target")
+        print(f"{len(aux) - len(splits['aux'])} auxiliary texts dropped: the target tests on them")
     for split, spec in (("train", args.target), ("aux", args.aux)):
         if split in splits and len({name for _, name in splits[split]}) < 2:
             raise InputError(f"{spec} has fewer than two classes to train on, held-out texts apart")
@@ -389,13 +391,13 @@ def choose_examples(args):
 def prepare(args, parent=None):
     """Both tasks as a Data, with one vocabulary. Raises InputError.
 
-    args: the flags of a run. parent: a network to start from, whose tokenizer is used and whose
-    words stay known, or all pieces of a BERT, unless --vocab_size asks for fewer.
+    args: the flags of a run. parent: the network to start from, or None. Its tokenizer is used,
+    and its words are kept; of a BERT's pieces --vocab_size may drop some.
     """
     splits, names, read = choose_examples(args)
-    known = parent.vocab if parent else []
-    bert = parent is not None and parent.config.bert
-    tokenizer = parent.tokenizer if parent else words
+    known, bert, tokenizer = [], False, words
+    if parent:
+        known, bert, tokenizer = parent.vocab, parent.config.bert, parent.tokenizer
 
     @lru_cache(maxsize=None)
     def tokens(texts, tokenizer):
@@ -419,8 +421,8 @@ def prepare(args, parent=None):
     for split, pairs in splits.items():
         classes = names["auxiliary" if split == "aux" else "target"]
         class_id = {name: i for i, name in enumerate(classes)}
-        texts = (tokens(texts, tokenizer) for texts, _ in pairs)
-        ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in texts]
+        lists = (tokens(texts, tokenizer) for texts, _ in pairs)
+        ids = [np.array([token_id.get(t, UNK) for t in text], dtype=np.int32) for text in lists]
         examples[split] = Examples(ids, np.array([class_id[name] for _, name in pairs]))
     return Data(examples, vocab, names)
 
@@ -430,7 +432,8 @@ def epoch_order(length, batch_size, rng):
 
     length: (N,). Texts are shuffled, sorted by length within pools of 16 batches, and the batches
     shuffled. With few texts pools are smaller, an eighth of the texts but never less than a batch:
-    in one pool for all, the same few of similar length would meet in every epoch.
+    in one pool for all, the same few of similar length would meet in every epoch. A pool of one
+    batch is not sorted by this, and where batches do not divide N, some join two lengths.
     """
     order = rng.permutation(len(length))
     pool_size = batch_size * max(1, min(16, len(order) // (8 * batch_size)))

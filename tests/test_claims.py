@@ -379,7 +379,7 @@ BAD += [
     ("--target reviews:book", "reviews:book"), ("--target ./none", "no such file or folder: './none'"),
     ("--device meta", "--device: invalid choice: 'meta'"), ("--device cuda", "invalid choice: 'cuda'"),
     ("--structure botom", "structure: botom is no run's"), ("--target mine --seeds 2", "it needs --aux"),
-    ("--init none.pt", "none.pt is missing, or"), ("--init .", "config.json is missing"),
+    ("--init none.pt", "none.pt is missing, or"), ("--init .", "config.json cannot be read"),
     ("--init ./models/typo", "no such folder: './models/typo'"),
     *((f"--{name}=", f"--{name} is empty") for name in ("init", "target", "aux", "structure", "out_dir")),
     ("--out_dir file/out", "file/out"),

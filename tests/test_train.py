@@ -513,7 +513,7 @@ def test_a_parent_that_does_not_fit_is_refused(tmp_path, parent, watched):
     parts["state"]["norm.bias"][3] = float("nan")
     torch.save(parts, tmp_path / "nan.pt")
     for init, other, reason in (
-        (watched.folder / "pruned.pt", "", "is pruned"), (tmp_path / "old.pt", "", "no network of this"),
+        (watched.folder / "pruned.pt", "", "is pruned"), (tmp_path / "old.pt", "", "did not write it"),
         (tmp_path / "none.pt", "", "none.pt is missing"), (tmp_path / "odd.pt", "", "odd.pt is missing, or"),
         (tmp_path / "heads.pt", "", "is pruned"), (tmp_path / "ffn.pt", "", "is pruned"),
         (tmp_path / "nan.pt", "", "weights that are not finite"),

@@ -175,7 +175,7 @@ def test_a_folder_has_one_file_a_split_and_others_are_named_as_not_read(tmp_path
     splits = task(tmp_path)
     for i, split in enumerate(SPLITS):
         assert [texts for texts, _ in splits[split]] == [(row["text"],) for row in sentences(3, 3 * i)]
-    assert capsys.readouterr().out == f"note: not read of {tmp_path}: dev, extra\n"
+    assert capsys.readouterr().out == f"note: these splits of {tmp_path} are not used: dev, extra\n"
     assert task(save(tmp_path / "a" / "TEST.CSV", sentences(3))) == {"train": splits["train"]}
     save(tmp_path / "train.jsonl", sentences(3))
     refused("two files for the train split", tmp_path)
@@ -211,7 +211,7 @@ def test_a_data_set_of_the_hub_has_classes_by_name_and_splits_of_exactly_three_n
     splits = task("owner/name:rte", ["one", "two"])
     assert splits["train"] == [(("one 0", "two 0"), "same"), (("one 1", "two 1"), "other")]
     assert splits["validation"] == splits["train"][1:] and list(splits) == SPLITS[:2]
-    assert capsys.readouterr().out == "note: not read of owner/name:rte: dev\n"
+    assert capsys.readouterr().out == "note: these splits of owner/name:rte are not used: dev\n"
     refused("'owner/name:other' cannot be read from the Hub", "owner/name:other")
     refused(r"\['one', 'two', 'label'\].* \['text'\].* --text_columns", "owner/name:rte")
     refused(r"train of owner/name, example 3\b", "owner/name", ["one"])
