@@ -145,7 +145,7 @@ def test_controller_reaches_the_target_in_the_shortest_window_that_a_run_accepts
     shortest = ramp + round((2.5 + 4.6) / 0.1)
     flags = f"--sparsity {target} --gate_lr 0.1 --prune_ramp {ramp} --prune_start 0 --finetune_steps 1"
     train.parse_args([*flags.split(), "--steps", str(shortest + 1)])
-    with pytest.raises(train.InputError, match=f"--steps {shortest}: the phases need {shortest + 1} "):
+    with pytest.raises(train.InputError, match=f"--steps {shortest}: the phases need {shortest + 1}:"):
         train.parse_args([*flags.split(), "--steps", str(shortest)])
     gap, _ = settle(Gates(4, 4), 0.1, target, ramp, shortest)
     assert abs(gap) < 0.02

@@ -469,7 +469,7 @@ def test_lines_of_vocab_txt_and_rows_of_the_embedding_agree_up_to_padding(tmp_pa
     if is_read:
         assert len(model.load_bert(name).vocab) == lines
     else:
-        refused(name, f"vocab.txt has {lines} lines, and the embedding 128 rows")
+        refused(name, f"vocab.txt has {lines} lines, the weights 128")
 
 
 @pytest.mark.parametrize("start, end", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n")])

@@ -429,6 +429,16 @@ def test_limited_subset_is_stratified_nested_and_seeded():
     assert (limited_subset(label, 100, 7) != limited_subset(label, 100, 8)).any()
 
 
+def test_of_examples_whose_turn_comes_at_once_the_first_are_taken():
+    """By hand: example k of a class of m has its turn at k / m; sorted() keeps the order of equal ones."""
+    label, turn, rng = np.arange(300) % 60, {}, np.random.default_rng(5)
+    for c in range(60):
+        for k, i in enumerate(rng.permutation(np.flatnonzero(label == c)).tolist()):
+            turn[i] = k / 5
+    first = sorted(sorted(turn), key=turn.get)[:95]
+    assert np.flatnonzero(limited_subset(label, 95, seed=5)).tolist() == sorted(first)
+
+
 # ---- vocabulary
 
 
