@@ -56,29 +56,17 @@ KEPT += "ffn_kept expected_sparsity delivered_sparsity params_dense params_prune
 
 # ----------------------------------------------------------------------------- settings: name -> flags
 
-ALWAYS, UNTIL = "--transfer_start 0", "--transfer_start 0 --transfer_stop 2200"
-RECIPES = {"none": "--aux_weight 0", "always": ALWAYS}
-WHAT = {name: f"{ALWAYS} --transfer {name}" for name in ("gates", "weights")}
-PROJECT = f"{ALWAYS} --coupling project"
-
-BUILT_IN = RECIPES | WHAT | {"always, project": PROJECT, "shuffled": f"{ALWAYS} --aux %shuffled"}
-WINDOWS = {  # steps; gates are at work from 500 to 2200
-    "before pruning": "--transfer_start 0 --transfer_stop 500",
-    "while pruning": "--transfer_start 500 --transfer_stop 2200",
-    "while fine-tuning": "--transfer_start 2200",
-    "until fine-tuning": UNTIL,
-    "from 1000 on": "--transfer_start 1000",
-}
-WHOLE_NETWORK = {  # not pruned
-    "unpruned, none": "--sparsity 0 --aux_weight 0",
-    "unpruned, always": f"--sparsity 0 {ALWAYS}",
-    "unpruned, before pruning": "--sparsity 0 --transfer_start 0 --transfer_stop 500",
-    "small dense, always": f"--sparsity 0 --n_layer 1 --d_model 68 {ALWAYS}",
-}
-BUILT_IN |= WINDOWS | WHOLE_NETWORK
+# of finished experiments, from scratch: their names and flags are in the rows (`settings_of`)
+RECIPES = ("none", "always")
+WHAT = ("gates", "weights")
+WINDOWS = ("before pruning", "while pruning", "while fine-tuning", "until fine-tuning", "from 1000 on")
+WHOLE_NETWORK = ("unpruned, none", "unpruned, always", "unpruned, before pruning", "small dense, always")
 LABELS = [f"{n} labels, {recipe}" for n in (50, 500, 2000) for recipe in RECIPES]  # 200 in all others
-BUILT_IN |= {name: f"--n_target {name.split()[0]} {RECIPES[name.split()[-1]]}" for name in LABELS}
-
+TASKS = ("built in", "trec_coarse", "sst2")
+STOPS = ("until the cut", "goes on")
+STARTS = ("scratch", "parent", "8x8 scratch", "8x8 parent")
+# other rules for the four heads that fit at 90 %; gates found two layers of two heads in 4 of 10 runs
+RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
 PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is unrelated, to see the harm
     "kitchen <- kitchen_rest, 200 labels": ("kitchen", "kitchen_rest", 200),
     "dvd <- dvd_rest, 200 labels": ("dvd", "dvd_rest", 200),
@@ -90,66 +78,7 @@ PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is u
     "kitchen <- kitchen_rest, 1000 labels": ("kitchen", "kitchen_rest", 1000),
     "trec_fine <- sst2, 400 labels": ("trec_fine", "sst2", 400),
 }
-KITCHEN, DVD, SST, TREC, FINE, _, _, _, UNRELATED = PAIRS
-
-
-def task_flags(pair):
-    target, aux, n = PAIRS[pair]
-    return f"--target {DATA}{target} --aux {DATA}{aux} --n_target {n}"
-
-
-REAL = {}
-for pair, recipe in itertools.product(PAIRS, RECIPES):
-    REAL[f"{pair}: {recipe}"] = f"{task_flags(pair)} {RECIPES[recipe]}"
-for recipe in RECIPES:
-    REAL[f"{FINE}: {recipe}, no smoothing"] = f"{REAL[f'{FINE}: {recipe}']} --label_smoothing 0"
-REAL[f"{UNRELATED}: always, project"] = f"{task_flags(UNRELATED)} {PROJECT}"
-for pair in (KITCHEN, SST, TREC):
-    REAL[f"{pair}: always, unpruned"] = f"{REAL[f'{pair}: always']} --sparsity 0"
-
-
-def structures(flags, learned):
-    """Kind of structure -> flags: learned while pruning, or cut in one step from a network trained dense."""
-    cut = {"learned then cut": f"@{learned}", "bottom": "@bottom"}
-    cut |= {f"random {i}": f"@random {i}" for i in range(3)}
-    return {"learned": flags} | {kind: f"{flags} --structure {name}" for kind, name in cut.items()}
-
-
-TASKS = {"built in": "", "trec_coarse": task_flags(TREC), "sst2": task_flags(SST)}
-STOPS = {"until the cut": UNTIL, "goes on": ALWAYS}
-CUTS = {}
-for task, window, steps in itertools.product(TASKS, STOPS, (800, 400, 100, 25, 1)):
-    flags = f"{TASKS[task]} {STOPS[window]} --steps {2200 + steps} --finetune_steps {steps}"
-    for kind, flags in structures(flags.strip(), f"{task}, learned, until the cut, 800").items():
-        CUTS[f"{task}, {kind}, {window}, {steps}"] = flags
-
-SHORT = "--steps 2000 --prune_start 0 --prune_ramp 700 --finetune_steps 600"
-STARTS = {"scratch": UNTIL, "parent": f"--init %film --aux_weight 0 --lr 3e-4 {SHORT}"}
-STARTS["8x8 scratch"] = f"--n_layer 8 --n_head 8 {UNTIL}"
-STARTS["8x8 parent"] = STARTS["parent"].replace("%film", "%film8x8")
-# other rules for the four heads that fit at 90 %; gates found two layers of two heads in 4 of 10 runs
-RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
-SPARSITY = {}
-for start, cut in itertools.product(STARTS, (0.5, 0.6, 0.7, 0.8, 0.9)):
-    if cut < 0.8 and "8x8" in start:
-        continue
-    flags = f"{STARTS[start]} --sparsity {cut}"
-    kinds = structures(flags, f"{start}, {cut}, learned")
-    if cut == 0.9 and "8x8" not in start:
-        kinds |= {rule: f"{flags} --structure @{rule}" for rule in RULES}
-    SPARSITY |= {f"{start}, {cut}, {kind}": flags for kind, flags in kinds.items()}
-
-FILM = {f"film, lr {lr}": f"--init %film --lr {lr} {SHORT}" for lr in ("1e-3", "3e-4", "1e-4")}
-OWN = RECIPES | {"gates": WHAT["gates"]}
-PARENT = {f"{start}, {name}": f"{FILM[start]} {OWN[name]}" for start in FILM for name in OWN}
-PARENT["film, lr 3e-4, until the cut"] = f"{FILM['film, lr 3e-4']} {ALWAYS} --transfer_stop 1400"
-PARENT["film, lr 3e-4, project"] = f"{FILM['film, lr 3e-4']} {PROJECT}"
-for pair, (_, aux, n) in PAIRS.items():
-    if pair.startswith(("kitchen", "dvd", "sst2")):
-        for name in RECIPES if aux == "sst5" else ("none",):
-            few = "" if n == 200 else f", {n} labels"
-            start = f"--init %{aux} --lr 3e-4 {SHORT} {task_flags(pair)}"
-            PARENT[f"{aux}{few}, lr 3e-4, {name}"] = f"{start} {RECIPES[name]}"
+KITCHEN, DVD, SST, TREC, *_ = PAIRS
 
 # from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
 AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
@@ -206,15 +135,6 @@ def bert_settings():
         bert(task, arm, seeds=range(3))
 
 
-SHAPES = {  # what the benchmark cuts out of a network of its size, learned with seed 0
-    f"d_model {d_model}, sparsity {cut}": f"--d_model {d_model} --n_layer {n_layer} --sparsity {cut}"
-    for d_model, n_layer in ((64, 4), (128, 4), (256, 6))
-    for cut in (0.5, 0.7, 0.9)
-}
-SEEDS_OF |= {setting: (0,) for setting in SHAPES}
-FILES = {"bert": BERT, "built_in": BUILT_IN, "cuts": CUTS, "sparsity": SPARSITY}
-FILES |= {"parent": PARENT, "real": REAL, "shapes": SHAPES}
-
 # ----------------------------------------------------------------------------- running
 
 
@@ -223,6 +143,20 @@ def rows(name):
     path = RESULTS / f"{name}.jsonl"
     found = [json.loads(line) for line in open(path)] if path.exists() else []
     return [{**row, "setting": row["setting"].replace(": until the cut", ": learned")} for row in found]
+
+
+def settings_of(name):
+    """Setting -> flags of the rows of a file, in today's notation: delete a row, and `run` makes it again."""
+    found = {row["setting"]: row["flags"] for row in rows(name)}
+    today = [(" bottom", " @bottom"), ("random --structure_seed", "@random")]
+    today.append(("--aux_shuffle", "--aux %shuffled"))
+    for setting, flags in found.items():
+        for old, new in today:
+            flags = flags.replace(old, new)
+        if "--transfer_start" not in flags and "--aux_weight 0" not in flags:
+            flags += " --transfer_start 1000"  # the default of that time
+        found[setting] = flags
+    return found
 
 
 def append(name, row):
@@ -518,8 +452,10 @@ def shown(values, form=".1f"):
     values = list(values.values() if isinstance(values, dict) else values)
     if not values:
         return "-"
+    if len(values) < 3 or len(set(values)) == 1:
+        return f"{statistics.mean(values):{form}}"
     mean, half = loop.interval(values)
-    return f"{mean:{form}}±{half:.1f}" if len(values) > 2 and half else f"{mean:{form}}"
+    return f"{mean:{form}}±{half:.1f}"
 
 
 def table(head, lines):
@@ -537,10 +473,11 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
     dict, setting -> the whole baseline.
     """
     lines, names = [], [key.replace("_", " ").removesuffix(" accuracy") for key in keys]
+    known = {row["setting"] for row in rows(file)}
     for setting in settings:
         own = [setting.rpartition(mark)[0] + mark for mark in (": ", ", ") if mark in setting]
         others = [start + baseline for start in [*own, ""]]
-        other = next((name for name in others if name in FILES[file]), others[0])
+        other = next((name for name in others if name in known), others[0])
         if isinstance(settings, dict):
             other = settings[setting]
         found = [shown(column(file, setting, key)) for key in keys]
@@ -697,7 +634,7 @@ def speed_table():
 
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
-    real = [setting for setting in REAL if "unpruned" not in setting]
+    real = [name for pair in PAIRS for name in FILES["real"] if pair in name and "unpruned" not in name]
     unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
     kinds, pairs = ("learned then cut", *RULES), ("sst2", "trec_coarse")
     kept = ("learned", "learned then cut", "bottom", "random", "every second layer")
@@ -721,7 +658,7 @@ def tables():
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
         "sparsity": sparsity_table(),
         "rules": scores("sparsity", rules, "learned then cut"),
-        "parent": scores("parent", PARENT, keys=CHOICE),
+        "parent": scores("parent", sorted(FILES["parent"]), keys=CHOICE),
         "real": scores("real", real, keys=(*CHOICE, "test_macro_f1")),
         "unpruned": scores("real", unpruned, "always, unpruned"),
         "proxy": proxy_table(),
@@ -833,6 +770,8 @@ def pictures():
 
 
 bert_settings()
+FILES = {name: settings_of(name) for name in ("built_in", "cuts", "sparsity", "parent", "real", "shapes")}
+FILES = {"bert": BERT} | FILES
 
 if __name__ == "__main__":
     actions = (run, yardstick, speed, proxy, tables, pictures)
