@@ -6,7 +6,7 @@ import os
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process forked beside a second thread hangs
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name must not wait for the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name must not wait for the Hub
 
 
 def pytest_addoption(parser):

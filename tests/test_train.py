@@ -146,7 +146,7 @@ def test_before_transfer_start_the_run_is_bit_for_bit_the_run_without_transfer(t
 
 def test_what_is_transferred_decides_what_the_auxiliary_gradient_reaches(tmp_path, monkeypatch):
     """gates: no weight hears the auxiliary task. weights: no gate does. both: all do. Its own classifier
-    always learns, the target's never; and gates hear it only while they are at work."""
+    always learns, the target's never; and gates hear it only while they are active."""
     own, couple, reached = {"classifier.auxiliary.weight", "classifier.auxiliary.bias"}, transfer.couple, {}
     for what in ("gates", "weights", "both"):
         steps = reached[what] = []
@@ -323,7 +323,7 @@ def test_the_structure_is_chosen_by_the_probability_that_a_unit_is_open_after_th
 
 
 def test_during_pruning_the_network_that_is_evaluated_is_the_extracted_one(watched):
-    """Evaluation multiplies by the deterministic gates: the network cut out by them has the same logits
+    """Evaluation multiplies by the deterministic gates: the network extracted by them has the same logits
     (1e-5 is rounding). No other phase has gates."""
     evaluated = [call for call in watched.calls if not call.training and call.z is not None]
     evaluated = evaluated[: TUNE - PRUNE]  # two more come right before the cut
