@@ -1,16 +1,15 @@
-"""Speed, measured side by side in one process: python tests/benchmark.py [section numbers]
+"""A training step, measured side by side with others in one process: python tests/benchmark.py
 
-Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Sections:
-1 training step, 2 extracted network. Products run at the precision that train.py sets, "medium", except
-where a line says so. By hand only: pip install transformers.
+Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Products
+run at the precision that train.py sets, "medium", except where a line says so. By hand only: pip install
+transformers. How fast pruned networks read is measured by `python tests/experiments.py speed FOLDERS`.
 """
 
 import os
 import statistics
 import sys
 import time
-from functools import partial
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ import masks
 import model
 import train as loop
 import transfer
-from experiments import rows
 
 CLASSES, BATCH = 5, 32
 
@@ -162,22 +160,22 @@ def torch_step(shape):
     return other_step(encode, [*stack.parameters(), *word.parameters(), *position.parameters()], shape)
 
 
-def bert_encoder(shape, training):
-    """transformers' network of this shape: a function encode(ids, padding), and its parameters."""
+def bert_step(shape):
+    """transformers' network of this shape."""
     from transformers import BertConfig, BertModel
 
     names = "hidden_size num_hidden_layers max_position_embeddings num_attention_heads vocab_size".split()
     config = BertConfig(**dict(zip(names, shape)), intermediate_size=4 * shape.d_model)
     config.hidden_act = "gelu" if shape.bert else "relu"
-    bert = BertModel(config, add_pooling_layer=False).train(training)
-    return lambda ids, padding: bert(ids, (~padding).long()).last_hidden_state, bert.parameters()
+    bert = BertModel(config, add_pooling_layer=False).train()
+    encode = lambda ids, padding: bert(ids, (~padding).long()).last_hidden_state
+    return other_step(encode, bert.parameters(), shape)
 
 
 def training_step():
-    print("\n1. training step (two batches of 32), ms; in brackets ours / this")
+    print("training step (two batches of 32), ms; in brackets ours / this")
     for shape in (*SMALL, BERT):
-        peers = {"nn.TransformerEncoder": torch_step(shape)}
-        peers["transformers BERT"] = other_step(*bert_encoder(shape, training=True), shape)
+        peers = {"nn.TransformerEncoder": torch_step(shape), "transformers BERT": bert_step(shape)}
         steps = {"ours": our_step(shape)}
         for name, step in peers.items():
             steps |= {f"{name} at torch's defaults": at_defaults(step), f"{name} at medium": step}
@@ -187,32 +185,7 @@ def training_step():
             print(f"      {name:42} {t:7.1f}  ({ms['ours'] / t:.2f})", flush=True)
 
 
-def extracted_network():
-    print("\n2. extracted network, structures learned by train.py: ms")
-    learned = {row["setting"]: row for name in ("shapes", "pretrained") for row in rows(name)}
-    for shape, cut in product((*SMALL, BERT), (0.5, 0.7, 0.9)):
-        name = f"d_model {shape.d_model}, sparsity {cut}"
-        found = learned.get(f"trec_coarse, 200 labels, {cut}: transfer" if shape.bert else name)
-        if found:
-            dense = setting(shape)[2]
-            units = masks.Units(torch.tensor(found["heads_kept"]), torch.tensor(found["ffn_kept"]))
-            nets = {"dense": dense, "extracted": model.extract(dense, units)}
-            if shape.bert:
-                encode = bert_encoder(shape, training=False)[0]
-                nets["transformers"] = lambda ids, task, encode=encode: encode(ids, ids == model.PAD)
-            for batch, repeats in ((1, 200), (64, 15)):
-                ids = torch.randint(3, shape.vocab, (batch, shape.tokens))
-                runs = {name: partial(net, ids, "target") for name, net in nets.items()}
-                with torch.no_grad():
-                    ms = alternate(runs, repeats, calls=1)
-                line = ", ".join(f"{name} {t:.2f}" for name, t in ms.items())
-                faster = ms["dense"] / ms["extracted"]
-                print(f"   {name}, batch {batch}: {line}; {faster:.1f} times faster", flush=True)
-
-
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("medium")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    sections = [training_step, extracted_network]
-    for number in map(int, sys.argv[1:] or range(1, len(sections) + 1)):
-        sections[number - 1]()
+    training_step()

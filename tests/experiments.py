@@ -753,25 +753,10 @@ def pictures():
     axes[0].set_ylabel("validation accuracy, %")
     figure.savefig(RESULTS / "pretrained.png", dpi=100)
 
-    kept = {}
-    for row in rows("bert"):
-        if row["setting"].endswith("200, 0.7, 1e-4: both"):
-            heads = np.column_stack([row["heads_kept"], [np.nan] * 6, row["ffn_kept"]])  # a gap between
-            kept.setdefault(row["setting"].partition(",")[0], []).append(heads)
-    figure, axes = plt.subplots(1, len(kept), figsize=(1 + 3.5 * len(kept), 2.4), sharey=True, squeeze=False)
-    for axis, (task, structures) in zip(axes[0], kept.items()):
-        share = np.mean(structures, axis=0)
-        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
-        axis.set(title=f"{task}, n = {len(structures)}", xlabel="head (ff: feed-forward)", ylabel="layer")
-        axis.set_xticks([0, 5, 11, 13], [1, 6, 12, "ff"])
-        axis.set_yticks(range(6), range(1, 7))
-    figure.colorbar(image, ax=axes, label="share of seeds that keep it")
-    figure.savefig(RESULTS / "structures.png", dpi=100)
-
 
 bert_settings()
-FILES = {name: settings_of(name) for name in ("built_in", "cuts", "sparsity", "parent", "real", "shapes")}
-FILES = {"bert": BERT} | FILES
+FILES = {"bert": BERT}
+FILES |= {name: settings_of(name) for name in ("built_in", "cuts", "sparsity", "parent", "real")}
 
 if __name__ == "__main__":
     actions = (run, yardstick, speed, proxy, tables, pictures)
