@@ -47,15 +47,15 @@ PREDICTIONS = {  # exercise -> for every number: answer, tolerance, hint, {wrong
     4: [(15, 0, "the cheapest close first. How many close fully, and what do these still count?", {
         14: "it closes fully. A closed gate still counts 0.05, so that fourteen closed ones are not enough.",
         6: "the cheapest close first: gate 1 is the cheapest one."}),
-        (-1.5, 0.05, "the gate that is between rests where the slopes of its cost and of the penalty cancel.", {
+        (-1.5, 0.05, "the gate in between rests where the slopes of its cost and of the penalty cancel.", {
         1.5: "the size is right, but not the sign: lambda1 adds up gaps, and the gates lag behind.",
         -1.4: "gate 14 is at its lower end, where slopes need not cancel. Which gate is free to move?",
         -0.075: "the cost of a gate is divided by 20, but so is what it counts in the sparsity."})],
-    5: [(-1.7, 0.5, "lambda1 + 2 PENALTY gap, the slope of the penalty, has to be what it was. lambda1 is 0.", {
+    5: [(-1.7, 0.5, "the slope of the penalty, lambda1 + 2 PENALTY gap, has to stay. lambda1 is 0.", {
         1.7: "the size is right, but not the sign: the loss pushes the gates open.",
         0: "then the penalty would have no slope, and nothing would hold the gates against the loss.",
         -0.0017: "in thousandths, please.",
-        -3.4: "the derivative of PENALTY gap^2 is 2 PENALTY gap."}),
+        -3.45: "the derivative of PENALTY gap^2 is 2 PENALTY gap."}),
         (3, 0, "answer 1, 2 or 3.", {
         1: "when the gap passes 0, lambda1 is not 0: what stops the gates there?",
         2: "at a constant gap other than 0 lambda1 would change for ever."})],
@@ -148,14 +148,17 @@ def my_select(prob, sparsity, head_size, ffn_size):
 
 
 SOLUTIONS = {1: my_sample_z, 3: MyController, 7: my_transferred, 9: my_couple, 10: my_select}
-THEIRS = {1: masks.sample_z, 3: masks.Controller, 7: transfer.transferred, 9: transfer.couple, 10: masks.select}
+THEIRS = {1: masks.sample_z, 3: masks.Controller, 7: transfer.transferred, 9: transfer.couple,
+          10: masks.select}
 SLIPS = {  # exercise -> (part of its solution, what a student may write instead, a hint)
     1: [("(torch.logit(u) + log_alpha) /", "torch.logit(u) + log_alpha /", "BETA divides the whole sum."),
         (" / masks.BETA", "", "the sum is not yet divided by BETA."),
-        ("stretched.clamp(0, 1)", "stretched", "what lies outside of [0, 1] has to be clipped."),
+        ("logit(u) + log_alpha)", "logit(u) - log_alpha)", "log_alpha is added: a large one opens."),
+        ("stretched.clamp(0, 1)", "stretched", "the clip to [0, 1] comes last, after the stretch."),
         ("stretched.clamp(0, 1)", "s", "s is not yet stretched to (GAMMA, ZETA).")],
     3: [("gap**2", "gap", "in the second term of the penalty the gap is squared."),
-        ("gap.clamp(-masks.MAX_GAP, masks.MAX_GAP)", "gap", "in ascend the gap is clipped to MAX_GAP."),
+        ("gap**2", "gap.clamp(-masks.MAX_GAP, masks.MAX_GAP) ** 2", "in penalty nothing is clipped."),
+        ("gap.clamp(-masks.MAX_GAP, masks.MAX_GAP)", "gap", "in ascend the gap is clipped, on both sides."),
         ("self.lambda1 += ", "self.lambda1 -= ", "in ascend lambda1 rises where the gap is positive."),
         (" * self.gate_lr", "", "in ascend the factor gate_lr is missing.")],
     7: [('name.startswith("classifier.auxiliary.")', "True", "the target's own classifier is never reached."),
@@ -163,7 +166,7 @@ SLIPS = {  # exercise -> (part of its solution, what a student may write instead
         ('what != "weights"', "True", 'log_alpha is not reached if what is "weights".'),
         ('what != "gates"', "True", 'weights such as token.weight are not reached if what is "gates".')],
     9: [("min(0, dot / norm)", "dot / norm", "only a negative inner product is removed: min(0, ...)."),
-        ("both)\n    factor", "g_target)\n    factor", "g.g is a sum over the names that both gradients have."),
+        ("both)\n    factor", "g_target)\n    factor", "g.g is a sum over names that both have."),
         (' if coupling == "project" else 0', "", 'with "sum" nothing is removed.'),
         ("- factor", "+ factor", "the component is taken away: mind the sign.")],
     10: [("            room -= size[i]\n", "", "a unit that is kept takes its size off the room."),
@@ -171,11 +174,13 @@ SLIPS = {  # exercise -> (part of its solution, what a student may write instead
          ("-= size[i]\n", "-= size[i]\n        else:\n            break\n", "later, smaller ones may fit.")],
 }  # fmt: skip
 HINTS = {  # for anything else
-    1: "log_alpha is added before the division by BETA; stretch first, then clip.",
-    3: "the first line of the input says which of the two methods is meant.",
+    1: "compare sign by sign: logit(u) + log_alpha, divided by BETA; ZETA - GAMMA; + GAMMA; the clip last.",
+    "penalty": "penalty has two terms, lambda1 gap and PENALTY gap^2.",
+    "ascend": "ascend adds DUAL_LR gate_lr times the clipped gap to lambda1.",
     7: "test first for names that start with 'classifier.', then for 'log_alpha'.",
-    9: "h.g and g.g are sums over all names that both gradients have, taken before the loop.",
-    10: "go through all units, the most probable first, and keep one if it is not larger than the room.",
+    "sum": "for a name that both gradients have, update is g + h.",
+    "project": "h.g and g.g are sums over all names that both gradients have, taken before the loop.",
+    10: "go through all units, the most probable first; keep (1) each that is not larger than the room.",
 }
 
 
@@ -188,7 +193,7 @@ def draw(number):
         return {"log_alpha": 3 * torch.randn(4)}
     if number == 3:
         method = ["penalty", "ascend"][torch.randint(2, ())]
-        return {"method": method, "lambda1": torch.randn(()), "gap": torch.randn(()) / 50}
+        return {"method": method, "lambda1": torch.randn(()), "gap": torch.randn(()) / 20}
     if number == 7:
         names = ("token.weight", "classifier.target.weight", "classifier.auxiliary.weight", "log_alpha")
         return {"parameters": {name: torch.randn(()) for name in names},
@@ -251,7 +256,11 @@ def tested(number, mine):
         if any(part is ... or "llipsis" in shown(part) for part in parts):
             print(f"{name}: replace the dots; until then the function of the module is used")
             return theirs
-        hint = HINTS[number] if found is not None else "it returns None: is a return missing?"
+        hint = HINTS[inputs.get("method") or inputs.get("coupling") or number]
+        if found is None:
+            hint = "it returns None: is a return missing?"
+        elif isinstance(found, Exception):
+            hint = "it stops with an error, which is shown as yours."
         for right, wrong, own_hint in SLIPS[number]:
             if agree(output(number, with_slip(number, right, wrong), seed)[1], found):
                 hint = own_hint
