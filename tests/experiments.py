@@ -154,7 +154,7 @@ def settings_of(name):
         for old, new in today:
             flags = flags.replace(old, new)
         if "--transfer_start" not in flags and "--aux_weight 0" not in flags:
-            flags += " --transfer_start 1000"  # the default of that time
+            flags = f"--transfer_start 1000 {flags}"  # the default of that time
         found[setting] = flags
     return found
 
