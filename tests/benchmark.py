@@ -1,8 +1,8 @@
-"""A training step, measured side by side with others in one process: python tests/benchmark.py
+"""A training step, measured side by side with transformers' BERT: python tests/benchmark.py
 
-Competitors take turns and medians are reported, so that a busy machine disturbs all of them alike. Products
-run at the precision that train.py sets, "medium", except where a line says so. By hand only: pip install
-transformers. How fast pruned networks read is measured by `python tests/experiments.py speed FOLDERS`.
+Both take turns and medians are reported, so that a busy machine disturbs them alike. Products run at the
+precision that train.py sets, "medium". How fast pruned networks read is measured by `python
+tests/experiments.py speed FOLDERS`. By hand only: pip install transformers.
 """
 
 import os
@@ -61,17 +61,6 @@ def alternate(steps, repeats, calls=5):
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def at_defaults(step):
-    """`step` at torch's own precision of products, a setting of the whole process."""
-
-    def switched():
-        torch.set_float32_matmul_precision("highest")
-        step()
-        torch.set_float32_matmul_precision("medium")
-
-    return switched
-
-
 def random_texts(shape, n=1000):
     """Examples of random words, between half and all of the tokens long."""
     rng = np.random.default_rng(0)
@@ -125,10 +114,16 @@ def our_step(shape):
     return step
 
 
-def other_step(encode, parameters, shape):
-    """The same two batches, without gates, for any encoder: encode(ids, padding) -> (B, T, d_model)."""
+def peer_step(shape):
+    """The same two batches in a BERT of transformers of this shape, without gates."""
+    from transformers import BertConfig, BertModel
+
+    names = "hidden_size num_hidden_layers max_position_embeddings num_attention_heads vocab_size".split()
+    config = BertConfig(**dict(zip(names, shape)), intermediate_size=4 * shape.d_model)
+    config.hidden_act = "gelu" if shape.bert else "relu"
+    net = BertModel(config, add_pooling_layer=False).train()
     heads, texts, number = [nn.Linear(shape.d_model, CLASSES) for _ in range(2)], random_texts(shape), count()
-    parameters = [*parameters, *heads[0].parameters(), *heads[1].parameters()]
+    parameters = [*net.parameters(), *heads[0].parameters(), *heads[1].parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     order = transfer.batch_order(texts, BATCH, 0)
 
@@ -137,8 +132,9 @@ def other_step(encode, parameters, shape):
         i = next(number)
         for head in heads:
             ids, labels = texts.batch(order(i))
-            is_token = (ids != model.PAD).unsqueeze(2)
-            pooled = (encode(ids, ids == model.PAD) * is_token).sum(1) / is_token.sum(1)
+            is_token = ids != model.PAD
+            states = net(ids, is_token.long()).last_hidden_state
+            pooled = (states * is_token.unsqueeze(2)).sum(1) / is_token.sum(1, keepdim=True)
             F.cross_entropy(head(pooled), labels).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -146,46 +142,12 @@ def other_step(encode, parameters, shape):
     return step
 
 
-def torch_step(shape):
-    kind = {"norm_first": not shape.bert, "activation": "gelu" if shape.bert else "relu"}
-    sizes = (shape.d_model, shape.n_head, 4 * shape.d_model)
-    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **kind)
-    stack = nn.TransformerEncoder(layer, shape.n_layer, enable_nested_tensor=False)
-    word, position = (nn.Embedding(n, shape.d_model) for n in (shape.vocab, shape.tokens))
-
-    def encode(ids, padding):
-        x = F.dropout(word(ids) + position.weight[: ids.shape[1]], 0.1)
-        return stack(x, src_key_padding_mask=padding)
-
-    return other_step(encode, [*stack.parameters(), *word.parameters(), *position.parameters()], shape)
-
-
-def bert_step(shape):
-    """transformers' network of this shape."""
-    from transformers import BertConfig, BertModel
-
-    names = "hidden_size num_hidden_layers max_position_embeddings num_attention_heads vocab_size".split()
-    config = BertConfig(**dict(zip(names, shape)), intermediate_size=4 * shape.d_model)
-    config.hidden_act = "gelu" if shape.bert else "relu"
-    bert = BertModel(config, add_pooling_layer=False).train()
-    encode = lambda ids, padding: bert(ids, (~padding).long()).last_hidden_state
-    return other_step(encode, bert.parameters(), shape)
-
-
-def training_step():
-    print("training step (two batches of 32), ms; in brackets ours / this")
-    for shape in (*SMALL, BERT):
-        peers = {"nn.TransformerEncoder": torch_step(shape), "transformers BERT": bert_step(shape)}
-        steps = {"ours": our_step(shape)}
-        for name, step in peers.items():
-            steps |= {f"{name} at torch's defaults": at_defaults(step), f"{name} at medium": step}
-        ms = alternate(steps, 20) if shape.d_model < 256 else alternate(steps, 4, calls=2)
-        print(f"   {shape}")
-        for name, t in ms.items():
-            print(f"      {name:42} {t:7.1f}  ({ms['ours'] / t:.2f})", flush=True)
-
-
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium")  # as in a run
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    training_step()
+    print("training step (two batches of 32), milliseconds")
+    for shape in (*SMALL, BERT):
+        steps = {"ours": our_step(shape), "transformers": peer_step(shape)}
+        ms = alternate(steps, 20) if shape.d_model < 256 else alternate(steps, 4, calls=2)
+        ours, theirs = ms.values()
+        print(f"{shape}: ours {ours:.1f}, transformers {theirs:.1f}, ratio {ours / theirs:.2f}", flush=True)

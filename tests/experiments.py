@@ -258,6 +258,7 @@ def make(file, setting, seed):
     result = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 6))
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     row = {"setting": setting, "seed": seed, "flags": flags, "commit": commit}
+    row["cpu"] = torch.backends.cpu.get_cpu_capability()  # numbers differ a little between processors
     row |= {key: result[key] for key in KEPT.split() if result.get(key) is not None}
     if file in ("built_in", "bert"):  # pictures show these
         row["validation_curve"] = [[h["step"], round(h["validation_accuracy"], 4)] for h in history]
@@ -676,82 +677,42 @@ def tables():
 
 # ----------------------------------------------------------------------------- pictures
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # safe for colour blindness
-COLOURS = {"none": (BLUE, "no transfer"), "transfer": (ORANGE, "transfer")}
-LABEL_OF = {"both": "both at once", "after": "one after\nthe other", "alone": "target alone"}
+COLOURS = dict(zip(MAIN, ("#D55E00", "#009E73", "#0072B2")))  # told apart by the colour-blind, too
+LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "target alone"}
 
 
-def curve(axis, x, columns, recipe):
-    """Means with their 95 % intervals, of the columns that have rows."""
-    points = [(a, *loop.interval(list(c.values()))) for a, c in zip(x, columns) if len(c) > 1]
-    place, mean, half = zip(*points) if points else ((), (), ())
-    colour, label = COLOURS[recipe]
-    axis.errorbar(place, mean, yerr=half, capsize=3, color=colour, marker="o", label=label)
+def picture(found, label, limits):
+    """A panel for each task with the means and intervals of found(task, arm), a dict x -> values."""
+    import matplotlib.pyplot as plt
 
-
-def schematic(axis):
-    """Two tasks teach one network, whose gates choose a smaller one: the structure of a row."""
-    row = next(row for row in rows("built_in") if row["setting"] == "always")
-    for x, small in ((4.4, False), (9.6, True)):
-        layers = [[*heads, ffn] for heads, ffn in zip(row["heads_kept"], row["ffn_kept"])]
-        for y, units in enumerate(units for units in layers if any(units) or not small):
-            for i, kept in enumerate(units):  # the last one is the feed-forward sublayer
-                width, left = (1.3, 2.1) if i == len(units) - 1 else (0.4, 0.5 * i)
-                style = {"fc": GREEN, "ec": GREEN} if kept else {"fc": "none", "ec": GREY, "ls": ":"}
-                if kept or not small:
-                    axis.bar(x + left, 0.55, width, 1 + 0.8 * y, align="edge", **style)
-    arrow, middle = {"arrowstyle": "-|>", "lw": 1.8}, {"ha": "center", "va": "center"}
-    tasks = (1.3, BLUE, "your task,\n200 labels"), (3.5, ORANGE, "auxiliary task,\n6,000 labels")
-    for y, colour, name in tasks:
-        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour}
-        axis.text(0, y, name, color=colour, bbox=box, **middle)
-        axis.annotate("", (4.2, 2.4), (1.7, y), arrowprops={**arrow, "color": colour})
-    axis.annotate("", (9.4, 1.7), (8.1, 1.7), arrowprops={**arrow, "color": GREEN})
-    for x, y, text, colour in (
-        (3.0, 1.2, "its loss", BLUE),
-        (2.1, 4.4, "its loss: what, when, how?", ORANGE),
-        (5.3, 4.4, "heads", "black"),
-        (7.1, 4.4, "feed-forward", "black"),
-        (6.1, 0.3, "a gate for every unit,\na controller for their number", "black"),
-        (8.75, 2.0, "cut", GREEN),
-        (11.3, 0.3, "a smaller network,\nfine-tuned", "black"),
-    ):
-        axis.text(x, y, text, fontsize=9, color=colour, **middle)
-    axis.set(xlim=(-1.7, 13.1), ylim=(-0.1, 4.6))
-    axis.axis("off")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
+    for (axis, task), arm in itertools.product(zip(axes, ("sst2", "trec_coarse")), MAIN):
+        points = {x: loop.interval(values) for x, values in found(task, arm).items() if len(values) > 2}
+        if points:
+            mean, half = zip(*points.values())
+            axis.errorbar(list(points), mean, half, fmt="o-", capsize=3, color=COLOURS[arm])
+            end = {"xy": (max(points), mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
+            axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
+        axis.set(title=task, xlabel=label, xlim=limits)
+    return figure, axes
 
 
 def pictures():
-    """The pictures of both READMEs, from the rows."""
-    import matplotlib.pyplot as plt
+    """The pictures of both READMEs, from the rows: accuracy by step, and by sparsity."""
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    plt.rcParams["figure.constrained_layout.use"] = True
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), width_ratios=[1.7, 1])
-    schematic(left)
-    sizes = [50, 200, 500, 2000]
-    for recipe, name in zip(COLOURS, RECIPES):
-        found = [column("built_in", name if n == 200 else f"{n} labels, {name}") for n in sizes]
-        curve(right, sizes, found, recipe)
-    right.axhline(50, color=GREY, lw=1)
-    right.set(xscale="log", xlabel="labels, built-in pair", ylabel="test accuracy, %", ylim=(45, 101))
-    right.set_xticks(sizes, sizes)
-    right.minorticks_off()
-    right.legend(title="pruned by 70 %")
-    figure.savefig(RESULTS / "overview.png", dpi=100)
+    def by_sparsity(task, arm):
+        return {100 * cut: [*column("bert", bert(task, arm, cut)).values()] for cut in (0, 0.5, 0.7, 0.9)}
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True)
-    for axis, task in zip(axes, ("sst2", "trec_coarse")):
+    label = "step; gates are active in the grey part"
+    figure, axes = picture(lambda task, arm: curves().get((task, arm), {}), label, (80, 640))
+    for axis in axes:
         axis.axvspan(50, 330, color="#EEEEEE")
-        for arm, colour in zip(MAIN, (ORANGE, GREEN, BLUE)):
-            found = curves().get((task, arm), {})
-            axis.plot(found.keys(), [statistics.mean(v) for v in found.values()], "o-", color=colour)
-            if found:
-                axis.annotate(LABEL_OF[arm], (480, statistics.mean(found[480])), (8, -4),
-                              textcoords="offset points", color=colour)
-        axis.set(title=task, xlabel="step; gates are active in the grey part", xlim=(80, 600))
     axes[0].set_ylabel("validation accuracy, %")
-    figure.savefig(RESULTS / "pretrained.png", dpi=100)
+    figure.savefig(RESULTS / "by_step.png", dpi=100)
+    figure, axes = picture(by_sparsity, "sparsity, %", (-5, 130))
+    axes[0].set_ylabel("test accuracy, %")
+    figure.savefig(RESULTS / "by_sparsity.png", dpi=100)
 
 
 bert_settings()
