@@ -65,11 +65,9 @@ def bert_character(c, cased):
     return f" {c} " if apart else c
 
 
-@lru_cache(maxsize=2**17)
 def split_word(word, known):
     """The pieces of a word: the longest piece of `known` that it starts with, then the longest that
-    the rest starts with, written with ##; or [UNK], if that fails. known: a frozenset, which the
-    cache can hash.
+    the rest starts with, written with ##; or [UNK], if that fails.
     """
     if len(word) > 100:  # the tokenizer's limit
         return [SPECIAL[UNK]]
