@@ -40,8 +40,8 @@ class Shape(NamedTuple):
     bert: bool = False
 
 
-SMALL = [Shape(64, 4, 12), Shape(128, 4, 64), Shape(256, 6, 128)]  # the first is the default
-BERT = Shape(384, 6, 32, 12, 30_522, True)  # all-MiniLM-L6-v2
+# the default, two larger ones, all-MiniLM-L6-v2
+SHAPES = [Shape(64, 4, 12), Shape(128, 4, 64), Shape(256, 6, 128), Shape(384, 6, 32, 12, 30_522, True)]
 
 
 def alternate(steps, repeats, calls=5):
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("medium")  # as in a run
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     print("training step (two batches of 32), milliseconds")
-    for shape in (*SMALL, BERT):
+    for shape in SHAPES:
         steps = {"ours": our_step(shape), "transformers": peer_step(shape)}
         ms = alternate(steps, 20) if shape.d_model < 256 else alternate(steps, 4, calls=2)
         ours, theirs = ms.values()

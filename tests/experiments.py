@@ -23,7 +23,6 @@ rows of `pretrained` were made with a vocabulary reduced to what occurs in train
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -260,9 +259,8 @@ def make(file, setting, seed):
     row = {"setting": setting, "seed": seed, "flags": flags, "commit": commit}
     row["cpu"] = torch.backends.cpu.get_cpu_capability()  # numbers differ a little between processors
     row |= {key: result[key] for key in KEPT.split() if result.get(key) is not None}
-    if file in ("built_in", "bert"):  # pictures show these
-        row["validation_curve"] = [[h["step"], round(h["validation_accuracy"], 4)] for h in history]
-    return {**row, "seconds": round(result["seconds"])}
+    row["validation_curve"] = [[h["step"], round(h["validation_accuracy"], 4)] for h in history]
+    return row | {"seconds": round(result["seconds"])}
 
 
 def run(part=0, parts=1, *wanted):
@@ -362,10 +360,10 @@ def speed(*folders):
             began = time.perf_counter()
             net.probabilities(sample)
             seconds.append(time.perf_counter() - began)
-        ms = round(1000 * statistics.median(seconds), 2)
-        row = {"setting": folder.name, "seed": result["args"]["seed"], "ms": ms}
+        row = {"setting": folder.name, "seed": result["args"]["seed"], "parameters": result["params_pruned"]}
+        row["ms"] = round(1000 * statistics.median(seconds), 2)
         row["megabytes"] = round((folder / "pruned.pt").stat().st_size / 1e6, 1)
-        append("speed", {**row, "parameters": result["params_pruned"]})
+        append("speed", row)
 
 
 # ----------------------------------------------------------------------------- a cheap proxy
@@ -424,18 +422,13 @@ def column(name, setting, key="test_accuracy"):
     return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
-after_cut = functools.partial(column, key="after_cut")
-
-
-def three(name, setting, get=column):
-    """seed -> the mean over the three random structures of a seed; "random" stands for them."""
-    parts = [get(name, setting.replace("random", f"random {i}")) for i in range(3)]
+def structure_column(name, setting, key="test_accuracy"):
+    """`column`; for "random", seed -> the mean over the three random structures of that seed."""
+    if ", random" not in setting:
+        return column(name, setting, key)
+    parts = [column(name, setting.replace("random", f"random {i}"), key) for i in range(3)]
     common = parts[0].keys() & parts[1].keys() & parts[2].keys()
     return {seed: statistics.mean(part[seed] for part in parts) for seed in sorted(common)}
-
-
-def structure_column(name, setting, get=column):
-    return three(name, setting, get) if ", random" in setting else get(name, setting)
 
 
 def minus(a, b):
@@ -496,20 +489,21 @@ def compared(*groups):
     return scores("bert", settings, "the first of its task", CHOICE)
 
 
-def curves():
-    """Task and arm -> step -> validation accuracies of all seeds."""
+def curve(task, arm):
+    """Step -> validation accuracies in % of all seeds, of an arm at 70 % with 200 labels."""
     found = {}
-    for task, arm in itertools.product(("sst2", "trec_coarse"), ARMS):
-        of_arm = [row["validation_curve"] for row in rows("bert") if row["setting"] == bert(task, arm)]
-        for step, accuracy in itertools.chain(*of_arm):
-            found.setdefault((task, arm), {}).setdefault(step, []).append(100 * accuracy)
+    for row in rows("bert"):
+        if row["setting"] == bert(task, arm):
+            for step, accuracy in row["validation_curve"]:
+                found.setdefault(step, []).append(100 * accuracy)
     return found
 
 
 def curves_table():
-    found = {name: steps for name, steps in curves().items() if len(steps) == 5 and name[1] in [*ARMS][:5]}
-    lines = [[f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])]
-             for (task, arm), steps in found.items()]
+    lines = []
+    for task, arm in itertools.product(("sst2", "trec_coarse"), [*ARMS][:5]):
+        if steps := curve(task, arm):
+            lines.append([f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])])
     return table(["setting", *(f"step {step}" for step in (100, 200, 300, 400, 480)), "n"], lines)
 
 
@@ -544,9 +538,9 @@ KINDS = ("learned", "learned then cut", "bottom", "random")
 DIFFERENCES = ["learned then cut minus bottom", "minus random", "minus learned", "n"]
 
 
-def structure_cells(file, name, get=column):
+def structure_cells(file, name, key="test_accuracy"):
     """Accuracy of every kind of structure, differences, n; name: a setting, with KIND for the kind."""
-    found = {kind: structure_column(file, name.replace("KIND", kind), get) for kind in KINDS}
+    found = {kind: structure_column(file, name.replace("KIND", kind), key) for kind in KINDS}
     cut = found["learned then cut"]
     gains = [shown(minus(cut, found[kind]), "+.1f") for kind in ("bottom", "random", "learned")]
     return [*map(shown, found.values()), *gains, len(cut)]
@@ -554,7 +548,7 @@ def structure_cells(file, name, get=column):
 
 def cuts_table(task):
     """Accuracy right after the cut, and at the end, by structure, window and steps of fine-tuning."""
-    lines = [["", "0", *structure_cells("cuts", f"{task}, KIND, until the cut, 800", after_cut)]]
+    lines = [["", "0", *structure_cells("cuts", f"{task}, KIND, until the cut, 800", "after_cut")]]
     for window, steps in itertools.product(STOPS, (25, 800)):
         lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
     return table(["transfer", "steps", *KINDS, *DIFFERENCES], lines)
@@ -704,8 +698,7 @@ def pictures():
     def by_sparsity(task, arm):
         return {100 * cut: [*column("bert", bert(task, arm, cut)).values()] for cut in (0, 0.5, 0.7, 0.9)}
 
-    label = "step; gates are active in the grey part"
-    figure, axes = picture(lambda task, arm: curves().get((task, arm), {}), label, (80, 640))
+    figure, axes = picture(curve, "step; gates are active in the grey part", (80, 640))
     for axis in axes:
         axis.axvspan(50, 330, color="#EEEEEE")
     axes[0].set_ylabel("validation accuracy, %")

@@ -443,10 +443,8 @@ def test_to_split_a_word_whole_vocabularies_are_not_compared():
     """As a cache would that has the vocabulary in its key: one comparison takes longer than many words."""
 
     class Vocabulary(frozenset):
+        __eq__ = None  # an error
         __hash__ = frozenset.__hash__
-
-        def __eq__(self, other):
-            raise AssertionError("compared")
 
     for known in (Vocabulary(PIECES), Vocabulary(PIECES)):
         assert model.split_word(PIECES[0], known) == [PIECES[0]]
