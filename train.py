@@ -136,7 +136,7 @@ EVAL_EVERY = 100  # steps between two evaluations on the validation split, each 
 def train(args):
     """One run from data to network. Returns the dict in result.json. Raises InputError."""
     # ---- data, network, gates
-    torch.set_float32_matmul_precision("medium")  # faster products by oneDNN; see README, Limits
+    torch.set_float32_matmul_precision("medium")  # by oneDNN; on some processors in bfloat16
     out = Path(args.out_dir)
     parent = read_parent(args) if args.init else None
     args = argparse.Namespace(**vars(args))  # completed by shape and digest
