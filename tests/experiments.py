@@ -391,7 +391,6 @@ def proxy():
     """Score every auxiliary task without a run on both tasks: 400 steps on the auxiliary task alone, then a
     linear classifier for the target's labels, with the features of this network and of an untrained one.
     """
-    (RESULTS / "proxy.jsonl").unlink(missing_ok=True)
     for seed, aux in itertools.product(SEEDS, dict.fromkeys(aux for _, aux, _ in PROXIES.values())):
         flags = f"--target {aux} --aux none --n_target 0 --sparsity 0 --steps 400 --finetune_steps 100"
         with tempfile.TemporaryDirectory() as folder:
