@@ -391,6 +391,7 @@ def proxy():
     """Score every auxiliary task without a run on both tasks: 400 steps on the auxiliary task alone, then a
     linear classifier for the target's labels, with the features of this network and of an untrained one.
     """
+    (RESULTS / "proxy.jsonl").unlink(missing_ok=True)
     for seed, aux in itertools.product(SEEDS, dict.fromkeys(aux for _, aux, _ in PROXIES.values())):
         flags = f"--target {aux} --aux none --n_target 0 --sparsity 0 --steps 400 --finetune_steps 100"
         with tempfile.TemporaryDirectory() as folder:
@@ -674,37 +675,30 @@ COLOURS = dict(zip(MAIN, ("#D55E00", "#009E73", "#0072B2")))  # told apart by th
 LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "target alone"}
 
 
-def picture(found, label, limits):
-    """A panel for each task with the means and intervals of found(task, arm), a dict x -> values."""
+def by_step():
+    """A figure: validation accuracy by step, the means and intervals of three arms from a BERT."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
-    for (axis, task), arm in itertools.product(zip(axes, ("sst2", "trec_coarse")), MAIN):
-        points = {x: loop.interval(values) for x, values in found(task, arm).items() if len(values) > 2}
-        if points:
+    for axis, task in zip(axes, ("sst2", "trec_coarse")):
+        axis.axvspan(50, 330, color="#EEEEEE")
+        for arm in MAIN:
+            points = {step: loop.interval(values) for step, values in curve(task, arm).items()}
             mean, half = zip(*points.values())
             axis.errorbar(list(points), mean, half, fmt="o-", capsize=3, color=COLOURS[arm])
-            end = {"xy": (max(points), mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
+            end = {"xy": (480, mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
             axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
-        axis.set(title=task, xlabel=label, xlim=limits)
-    return figure, axes
+        axis.set(title=task, xlabel="step; gates are active in the grey part", xlim=(80, 640))
+    axes[0].set_ylabel("validation accuracy, %")
+    return figure
 
 
 def pictures():
-    """The pictures of both READMEs, from the rows: accuracy by step, and by sparsity."""
+    """The picture of both READMEs, from the rows."""
+    import matplotlib.pyplot as plt
 
-    def by_sparsity(task, arm):
-        return {100 * cut: [*column("bert", bert(task, arm, cut)).values()] for cut in (0, 0.5, 0.7, 0.9)}
-
-    figure, axes = picture(curve, "step; gates are active in the grey part", (80, 640))
-    for axis in axes:
-        axis.axvspan(50, 330, color="#EEEEEE")
-    axes[0].set_ylabel("validation accuracy, %")
-    figure.savefig(RESULTS / "by_step.png", dpi=100)
-    figure, axes = picture(by_sparsity, "sparsity, %", (-5, 130))
-    axes[0].set_ylabel("test accuracy, %")
-    figure.savefig(RESULTS / "by_sparsity.png", dpi=100)
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    by_step().savefig(RESULTS / "by_step.png", dpi=100)
 
 
 bert_settings()
