@@ -632,9 +632,7 @@ def tables():
     real = [name for pair in PAIRS for name in FILES["real"] if pair in name and "unpruned" not in name]
     unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
     kinds, pairs = ("learned then cut", *RULES), ("sst2", "trec_coarse")
-    kept = ("learned", "learned then cut", "bottom", "random", "every second layer")
     pieces = [arm for arm in ARMS if "pieces" in arm]
-    reduced = [f"{task}, 200 labels, 0.7: {kind}" for task in pairs for kind in kept]
     rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in kinds]
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in pairs)),
@@ -644,10 +642,7 @@ def tables():
         "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
         "pieces": compared(*((task, 0.7, ["both", *pieces]) for task in pairs)),
         "reduced": reduced_table(),
-        "reduced structures": scores("pretrained", reduced, "learned", (CHOICE[0], "after_cut", CHOICE[1])),
-        "when": scores("built_in", ["none", *WINDOWS, "always"]),
-        "what": scores("built_in", ["none", "always", *WHAT]),
-        "how": scores("built_in", ["none", "always", "always, project", "shuffled"]),
+        "built in": scores("built_in", ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled"]),
         "labels": scores("built_in", [*LABELS[:2], *RECIPES, *LABELS[2:]]),
         "size": scores("built_in", [*RECIPES, *WHOLE_NETWORK]),
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
@@ -675,30 +670,53 @@ COLOURS = dict(zip(MAIN, ("#D55E00", "#009E73", "#0072B2")))  # told apart by th
 LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "target alone"}
 
 
-def by_step():
-    """A figure: validation accuracy by step, the means and intervals of three arms from a BERT."""
+def panels(values, xlabel, xlim):
+    """A figure with a panel for each pair: the means and intervals of three arms from a BERT.
+
+    values: function of task and arm that returns x -> accuracies in % of all seeds.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, task in zip(axes, ("sst2", "trec_coarse")):
-        axis.axvspan(50, 330, color="#EEEEEE")
         for arm in MAIN:
-            points = {step: loop.interval(values) for step, values in curve(task, arm).items()}
+            seeds = {x: [*found] for x, found in values(task, arm).items()}
+            points = {x: loop.interval(found) for x, found in seeds.items() if len(found) > 1}
             mean, half = zip(*points.values())
             axis.errorbar(list(points), mean, half, fmt="o-", capsize=3, color=COLOURS[arm])
-            end = {"xy": (480, mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
+            end = {"xy": (list(points)[-1], mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
             axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
-        axis.set(title=task, xlabel="step; gates are active in the grey part", xlim=(80, 640))
-    axes[0].set_ylabel("validation accuracy, %")
+        axis.set(title=task, xlabel=xlabel, xlim=xlim)
+    return figure
+
+
+def by_step():
+    """A figure: validation accuracy by step."""
+    figure = panels(curve, "step; gates are active in the grey part", (80, 640))
+    for axis in figure.axes:
+        axis.axvspan(50, 330, color="#EEEEEE")
+    figure.axes[0].set_ylabel("validation accuracy, %")
+    return figure
+
+
+def by_sparsity():
+    """A figure: test accuracy by the part of the prunable weights that is removed."""
+
+    def at_cuts(task, arm):
+        return {100 * cut: column("bert", bert(task, arm, cut)).values() for cut in (0, 0.5, 0.7, 0.9)}
+
+    figure = panels(at_cuts, "removed of the prunable weights, %", (-5, 130))
+    figure.axes[0].set_ylabel("test accuracy, %")
     return figure
 
 
 def pictures():
-    """The picture of both READMEs, from the rows."""
+    """The pictures of both READMEs, from the rows."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    by_step().savefig(RESULTS / "by_step.png", dpi=100)
+    for figure in (by_step, by_sparsity):
+        figure().savefig(RESULTS / f"{figure.__name__}.png", dpi=100)
 
 
 bert_settings()
