@@ -77,7 +77,6 @@ PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is u
     "kitchen <- kitchen_rest, 1000 labels": ("kitchen", "kitchen_rest", 1000),
     "trec_fine <- sst2, 400 labels": ("trec_fine", "sst2", 400),
 }
-KITCHEN, DVD, SST, TREC, *_ = PAIRS
 
 # from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
 AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
@@ -486,7 +485,7 @@ def compared(*groups):
     settings = {}
     for task, cut, arms in groups:
         settings |= {bert(task, arm, cut): bert(task, arms[0], cut) for arm in arms}
-    return scores("bert", settings, "the first of its task", CHOICE)
+    return scores("bert", settings, "both", CHOICE)
 
 
 def curve(task, arm):
@@ -517,21 +516,6 @@ def rates_table():
         lines.append([f"{task}: {arm}", *cells, 1])
     head = [f"{lr}, {split}" for lr in RATES for split in ("validation", "test")]
     return table(["setting", *head, "n"], lines)
-
-
-def reduced_table():
-    """Rows of the reduced vocabulary: does transfer add more to a pruned network than to the whole one?"""
-    lines = []
-    for start in ("sst2, 200 labels", "trec_coarse, 200 labels", "kitchen, 200 labels"):
-        whole, helped, pruned, both = found = [column("pretrained", f"{start}, {cut}: {name}")
-                                               for cut in ("0", "0.7") for name in ("none", "transfer")]
-        adds = [minus(helped, whole), minus(both, pruned)]
-        gains = [*adds, minus(adds[1], adds[0]), minus(both, whole)]
-        cells = [*map(shown, found), *(shown(gain, "+.1f") for gain in gains)]
-        lines.append([start, *cells, len(both)])
-    head = ["task", "unpruned", "unpruned, transfer", "pruned", "pruned, transfer", "transfer adds, unpruned"]
-    head += ["transfer adds, pruned", "difference of these", "pruned, transfer minus unpruned", "n"]
-    return table(head, lines)
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
@@ -629,11 +613,10 @@ def speed_table():
 
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
-    real = [name for pair in PAIRS for name in FILES["real"] if pair in name and "unpruned" not in name]
-    unpruned = [f"{pair}: always{end}" for pair in (KITCHEN, SST, TREC) for end in (", unpruned", "")]
-    kinds, pairs = ("learned then cut", *RULES), ("sst2", "trec_coarse")
+    real = [name for pair in PAIRS for name in FILES["real"] if pair in name]
+    built_in = ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled", *WHOLE_NETWORK, *LABELS]
+    pairs = ("sst2", "trec_coarse")
     pieces = [arm for arm in ARMS if "pieces" in arm]
-    rules = [f"{start}, 0.9, {kind}" for start in ("scratch", "parent") for kind in kinds]
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in pairs)),
         "rates": rates_table(),
@@ -641,16 +624,11 @@ def tables():
         "by sparsity": compared(*((task, cut, MAIN) for task in pairs for cut in (0, 0.5, 0.9))),
         "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
         "pieces": compared(*((task, 0.7, ["both", *pieces]) for task in pairs)),
-        "reduced": reduced_table(),
-        "built in": scores("built_in", ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled"]),
-        "labels": scores("built_in", [*LABELS[:2], *RECIPES, *LABELS[2:]]),
-        "size": scores("built_in", [*RECIPES, *WHOLE_NETWORK]),
+        "built in": scores("built_in", built_in),
         **{f"cuts {task}": cuts_table(task) for task in TASKS},
         "sparsity": sparsity_table(),
-        "rules": scores("sparsity", rules, "learned then cut"),
         "parent": scores("parent", sorted(FILES["parent"]), keys=CHOICE),
         "real": scores("real", real, keys=(*CHOICE, "test_macro_f1")),
-        "unpruned": scores("real", unpruned, "always, unpruned"),
         "proxy": proxy_table(),
         "yardstick": yardstick_table(),
         "speed": speed_table(),
