@@ -645,7 +645,7 @@ def tables():
 # ----------------------------------------------------------------------------- pictures
 
 COLOURS = dict(zip(MAIN, ("#D55E00", "#009E73", "#0072B2")))  # told apart by the colour-blind, too
-LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "target alone"}
+LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "200 labels alone"}
 
 
 def panels(values, xlabel, xlim):
@@ -662,15 +662,16 @@ def panels(values, xlabel, xlim):
             points = {x: loop.interval(found) for x, found in seeds.items() if len(found) > 1}
             mean, half = zip(*points.values())
             axis.errorbar(list(points), mean, half, fmt="o-", capsize=3, color=COLOURS[arm])
-            end = {"xy": (list(points)[-1], mean[-1]), "xytext": (8, -3), "textcoords": "offset points"}
+            below = -9 if arm == "alone" else 0
+            end = {"xy": (list(points)[-1], mean[-1]), "xytext": (8, below), "textcoords": "offset points"}
             axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
-        axis.set(title=task, xlabel=xlabel, xlim=xlim)
+        axis.set(title={"sst2": "SST-2"}.get(task, "coarse TREC"), xlabel=xlabel, xlim=xlim)
     return figure
 
 
 def by_step():
     """A figure: validation accuracy by step."""
-    figure = panels(curve, "step; gates are active in the grey part", (80, 640))
+    figure = panels(curve, "training step (grey: gates are active)", (80, 640))
     for axis in figure.axes:
         axis.axvspan(50, 330, color="#EEEEEE")
     figure.axes[0].set_ylabel("validation accuracy, %")
