@@ -530,12 +530,15 @@ def structure_cells(file, name, key="test_accuracy"):
     return [*map(shown, found.values()), *gains, len(cut)]
 
 
-def cuts_table(task):
-    """Accuracy right after the cut, and at the end, by structure, window and steps of fine-tuning."""
-    lines = [["", "0", *structure_cells("cuts", f"{task}, KIND, until the cut, 800", "after_cut")]]
-    for window, steps in itertools.product(STOPS, (25, 800)):
-        lines.append([window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
-    return table(["transfer", "steps", *KINDS, *DIFFERENCES], lines)
+def cuts_table():
+    """Accuracy right after the cut, and at the end, by task, structure, window and steps of fine-tuning."""
+    lines = []
+    for task in TASKS:
+        right_after = structure_cells("cuts", f"{task}, KIND, until the cut, 800", "after_cut")
+        lines.append([task, "", 0, *right_after])
+        for window, steps in itertools.product(STOPS, (25, 800)):
+            lines.append([task, window, steps, *structure_cells("cuts", f"{task}, KIND, {window}, {steps}")])
+    return table(["target", "transfer", "steps", *KINDS, *DIFFERENCES], lines)
 
 
 def same_shape(setting, other):
@@ -625,7 +628,7 @@ def tables():
         "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
         "pieces": compared(*((task, 0.7, ["both", *pieces]) for task in pairs)),
         "built in": scores("built_in", built_in),
-        **{f"cuts {task}": cuts_table(task) for task in TASKS},
+        "cuts": cuts_table(),
         "sparsity": sparsity_table(),
         "parent": scores("parent", sorted(FILES["parent"]), keys=CHOICE),
         "real": scores("real", real, keys=(*CHOICE, "test_macro_f1")),
