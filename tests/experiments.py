@@ -26,6 +26,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -652,7 +653,7 @@ LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "20
 
 
 def panels(values, xlabel, xlim):
-    """A figure with a panel for each pair: the means and intervals of three arms from a BERT.
+    """A figure with a panel for each pair: three arms from a BERT, every seed a dot, their mean a line.
 
     values: function of task and arm that returns x -> accuracies in % of all seeds.
     """
@@ -660,15 +661,21 @@ def panels(values, xlabel, xlim):
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, task in zip(axes, ("sst2", "trec_coarse")):
+        ends = []
         for arm in MAIN:
-            seeds = {x: [*found] for x, found in values(task, arm).items()}
-            points = {x: loop.interval(found) for x, found in seeds.items() if len(found) > 1}
-            mean, half = zip(*points.values())
-            axis.errorbar(list(points), mean, half, fmt="o-", capsize=3, color=COLOURS[arm])
-            below = -9 if arm == "alone" else 0
-            end = {"xy": (list(points)[-1], mean[-1]), "xytext": (8, below), "textcoords": "offset points"}
+            found = {x: [*seeds] for x, seeds in values(task, arm).items() if seeds}
+            dots = [(x, accuracy) for x, seeds in found.items() for accuracy in seeds]
+            axis.plot(*zip(*dots), "o", color=COLOURS[arm], alpha=0.4, mec="none")
+            mean = [statistics.mean(seeds) for seeds in found.values()]
+            axis.plot(list(found), mean, color=COLOURS[arm])
+            ends.append((mean[-1], max(found), arm))
+        height = -math.inf
+        for y, x, arm in sorted(ends):
+            height = max(y, height + 2.5)  # so that labels do not overlap
+            end = {"xy": (x, height), "xytext": (8, -4), "textcoords": "offset points"}
             axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
-        axis.set(title={"sst2": "SST-2"}.get(task, "coarse TREC"), xlabel=xlabel, xlim=xlim)
+        title = {"sst2": "SST-2"}.get(task, "coarse TREC")
+        axis.set(title=title, xlabel=xlabel, xlim=xlim, xticks=list(found))
     return figure
 
 
