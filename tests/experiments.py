@@ -512,9 +512,9 @@ def curve(task, arm):
 
 def curves_table():
     lines = []
-    for task, arm in itertools.product(("sst2", "trec_coarse"), [*ARMS][:5]):
-        if steps := curve(task, arm):
-            lines.append([f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])])
+    for task, arm in itertools.product(("sst2", "trec_coarse"), MAIN):
+        steps = curve(task, arm)
+        lines.append([f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])])
     return table(["setting", *(f"step {step}" for step in (100, 200, 300, 400, 480)), "n"], lines)
 
 
@@ -632,7 +632,7 @@ def tables():
     built_in = ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled", *WHOLE_NETWORK, *LABELS]
     pairs = ("sst2", "trec_coarse")
     pieces = [arm for arm in ARMS if "pieces" in arm]
-    parents = sorted(name for name in FILES["parent"] if "rest" not in name)
+    parents = sorted(name for name in FILES["parent"] if "rest" not in name and "gates" not in name)
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in pairs)),
         "rates": rates_table(),
