@@ -80,6 +80,7 @@ PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is u
 }
 
 # from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
+BERT_PAIRS = ("sst2", "trec_coarse")
 AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
 SCHEDULE = "--steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
 BOTH = "--init %encoder"
@@ -94,7 +95,8 @@ MAIN = ("both", "after", "alone")
 ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
 GIVEN = {"every second layer": "every second layer", "lowest layers": "bottom", "learned first": "BOTH"}
 ARMS |= {kind: f"{BOTH} --finetune_steps 480 --structure @{name}" for kind, name in GIVEN.items()}
-ARMS |= {f"{size} pieces": f"{BOTH} --vocab_size {size}" for size in (2000, 5000, 10_000)}
+PIECES = [f"{size} pieces" for size in (2000, 5000, 10_000)]
+ARMS |= {name: f"{BOTH} --vocab_size {name.split()[0]}" for name in PIECES}
 ARMS["unrelated"] = f"{BOTH} --aux {DATA}sst2"
 RATES = ("1e-4", "3e-5", "1e-5")
 TRIED = (*((arm, 0.7) for arm in MAIN), ("after", 0.9))  # arms and sparsities with which all were tried
@@ -128,21 +130,20 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
 
 def bert_settings():
     """Make all settings, in the order in which they are to be run."""
-    pairs = ("sst2", "trec_coarse")
-    for task, (arm, cut), lr in itertools.product(pairs, TRIED, RATES):
+    for task, (arm, cut), lr in itertools.product(BERT_PAIRS, TRIED, RATES):
         bert(task, arm, cut, lr, seeds=range(1))
-    for task in pairs:  # the rate of 70 %, too: what does a baseline lose with it?
+    for task in BERT_PAIRS:  # the rate of 70 %, too: what does a baseline lose with it?
         bert(task, "after", 0.9, best_rate(task, "after", 0.7), seeds=range(3))
-    for task, arm in itertools.product(pairs, [*MAIN, *list(ARMS)[3:5]]):
+    for task, arm in itertools.product(BERT_PAIRS, [*MAIN, *list(ARMS)[3:5]]):
         bert(task, arm)
-    for task, arm, cut in itertools.product(pairs, MAIN, (0, 0.5, 0.9)):
+    for task, arm, cut in itertools.product(BERT_PAIRS, MAIN, (0, 0.5, 0.9)):
         bert(task, arm, cut)
-    for task, kind in itertools.product(pairs, GIVEN):
+    for task, kind in itertools.product(BERT_PAIRS, GIVEN):
         bert(task, kind)
     for labels, arm in itertools.product((200, 0), MAIN):
         bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=range(3))
     bert("trec_coarse", "unrelated", seeds=range(3))
-    for task, arm in itertools.product(pairs, [arm for arm in ARMS if "pieces" in arm]):
+    for task, arm in itertools.product(BERT_PAIRS, PIECES):
         bert(task, arm, seeds=range(3))
 
 
@@ -494,10 +495,13 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
 
 
 def compared(*groups):
-    """Scores of arms from a BERT; groups: (task, cut, arms), the first arm is what they are compared with."""
+    """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps labels; the first arm is the one
+    that the others are compared with.
+    """
     settings = {}
-    for task, cut, arms in groups:
-        settings |= {bert(task, arm, cut): bert(task, arms[0], cut) for arm in arms}
+    for task, cut, arms, *labels in groups:
+        names = [bert(task, arm, cut, None, *labels) for arm in arms]
+        settings |= dict.fromkeys(names, names[0])
     return scores("bert", settings, "both", CHOICE)
 
 
@@ -513,7 +517,7 @@ def curve(task, arm):
 
 def curves_table():
     lines = []
-    for task, arm in itertools.product(("sst2", "trec_coarse"), MAIN):
+    for task, arm in itertools.product(BERT_PAIRS, MAIN):
         steps = curve(task, arm)
         lines.append([f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])])
     return table(["setting", *(f"step {step}" for step in (100, 200, 300, 400, 480)), "n"], lines)
@@ -522,7 +526,7 @@ def curves_table():
 def rates_table():
     """Validation and test accuracy of seed 0 by learning rate."""
     lines = []
-    for task, (arm, cut) in itertools.product(("sst2", "trec_coarse"), TRIED):
+    for task, (arm, cut) in itertools.product(BERT_PAIRS, TRIED):
         cells = []
         for lr, key in itertools.product(RATES, CHOICE):
             cells.append(shown(list(column("bert", bert(task, arm, cut, lr), key).values())[:1]))
@@ -609,8 +613,7 @@ def yardstick_table():
         pair = f"{target} <- {aux}, {n or 'all'} labels"
         found = [column("yardstick", f"{target}, {n or 'all'} labels: {name}") for name in yardsticks]
         found += [column("real", f"{pair}: {recipe}") for recipe in RECIPES]
-        reduced = f"{target}, {n} labels, 0.7: transfer" if AUXILIARY.get(target) == aux else ""
-        found.append(column("pretrained", reduced))
+        found.append(column("pretrained", f"{target}, {n} labels, 0.7: transfer"))
         whole = bert(target, "both", labels=n) if AUXILIARY.get(target) == aux else ""
         found.append(column("bert", whole))
         if found[0]:
@@ -631,16 +634,15 @@ def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
     real = [name for pair in PAIRS for name in FILES["real"] if pair in name]
     built_in = ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled", *WHOLE_NETWORK, *LABELS]
-    pairs = ("sst2", "trec_coarse")
-    pieces = [arm for arm in ARMS if "pieces" in arm]
     parents = sorted(name for name in FILES["parent"] if "rest" not in name and "gates" not in name)
     parts = {
-        "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in pairs)),
+        "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in BERT_PAIRS)),
         "rates": rates_table(),
         "curves": curves_table(),
-        "by sparsity": compared(*((task, cut, MAIN) for task in pairs for cut in (0, 0.5, 0.9))),
-        "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in pairs)),
-        "pieces": compared(*((task, 0.7, ["both", *pieces]) for task in pairs)),
+        "by sparsity": compared(*((task, cut, MAIN) for task in BERT_PAIRS for cut in (0, 0.5, 0.9))),
+        "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in BERT_PAIRS)),
+        "corpus": compared(*(("acl_arc", 0.7, MAIN, labels) for labels in (200, 0))),
+        "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS)),
         "built in": scores("built_in", built_in),
         "cuts": cuts_table(),
         "sparsity": sparsity_table(),
@@ -674,7 +676,7 @@ def panels(values, xlabel, ylabel, xlim):
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
     axes[0].set_ylabel(ylabel)
-    for axis, task in zip(axes, ("sst2", "trec_coarse")):
+    for axis, task in zip(axes, BERT_PAIRS):
         ends = []
         for arm in MAIN:
             found = {x: [*seeds] for x, seeds in values(task, arm).items() if seeds}
