@@ -609,7 +609,7 @@ def proxy_table():
 def yardstick_table():
     """Test accuracy of the yardsticks beside ours on the same labels and seeds."""
     lines, yardsticks = [], ["TF-IDF", "MiniLM, frozen", "TF-IDF, auxiliary data too"]
-    for target, aux, n in TARGETS:
+    for target, aux, n in PAIRS.values():
         pair = f"{target} <- {aux}, {n or 'all'} labels"
         found = [column("yardstick", f"{target}, {n or 'all'} labels: {name}") for name in yardsticks]
         found += [column("real", f"{pair}: {recipe}") for recipe in RECIPES]
