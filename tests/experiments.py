@@ -122,7 +122,8 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
     setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
     flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
-    flags = flags.replace("TASK", task).replace("@BOTH", f"@{setting.partition(':')[0]}: both")
+    own = f"{task}, {labels}, {cut}, {best_rate(task, 'both', cut)}: both"  # whose structure is given
+    flags = flags.replace("TASK", task).replace("BOTH", own)
     BERT.setdefault(setting, flags)
     SEEDS_OF[setting] = range(max(len(seeds), len(SEEDS_OF.get(setting, ()))))
     return setting
