@@ -99,6 +99,7 @@ PIECES = [f"{size} pieces" for size in (2000, 5000, 10_000)]
 ARMS |= {name: f"{BOTH} --vocab_size {name.split()[0]}" for name in PIECES}
 ARMS["unrelated"] = f"{BOTH} --aux {DATA}sst2"
 RATES = ("1e-4", "3e-5", "1e-5")
+HIGHER = {"2e-4": range(3), "3e-4": range(1)}  # for given structures, and for both beside them: seeds
 TRIED = (*((arm, 0.7) for arm in MAIN), ("after", 0.9))  # arms and sparsities with which all were tried
 BERT, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
 
@@ -141,6 +142,10 @@ def bert_settings():
         bert(task, arm, cut)
     for task, kind in itertools.product(BERT_PAIRS, GIVEN):
         bert(task, kind)
+    for task, arm, lr in itertools.product(BERT_PAIRS, ("both", *GIVEN), HIGHER):
+        bert(task, arm, lr=lr, seeds=HIGHER[lr])
+    for task in BERT_PAIRS:
+        bert(task, "alone", lr="2e-4", seeds=range(1))
     for labels, arm in itertools.product((200, 0), MAIN):
         bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=range(3))
     bert("trec_coarse", "unrelated", seeds=range(3))
@@ -496,12 +501,12 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
 
 
 def compared(*groups):
-    """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps labels; the first arm is the one
-    that the others are compared with.
+    """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps learning rate and labels; the first
+    arm is the one that the others are compared with.
     """
     settings = {}
-    for task, cut, arms, *labels in groups:
-        names = [bert(task, arm, cut, None, *labels) for arm in arms]
+    for task, cut, arms, *more in groups:
+        names = [bert(task, arm, cut, *more) for arm in arms]
         settings |= dict.fromkeys(names, names[0])
     return scores("bert", settings, "both", CHOICE)
 
@@ -525,15 +530,12 @@ def curves_table():
 
 
 def rates_table():
-    """Validation and test accuracy of seed 0 by learning rate."""
-    lines = []
-    for task, (arm, cut) in itertools.product(BERT_PAIRS, TRIED):
-        cells = []
-        for lr, key in itertools.product(RATES, CHOICE):
-            cells.append(shown(list(column("bert", bert(task, arm, cut, lr), key).values())[:1]))
-        lines.append([f"{task}, {cut}: {arm}", *cells, 1])
-    head = [f"{lr}, {split}" for lr in RATES for split in ("validation", "test")]
-    return table(["setting", *head, "n"], lines)
+    """Validation accuracy of seed 0 by learning rate."""
+    lines, rates = [], [*reversed(HIGHER), *RATES]
+    for task, (arm, cut) in itertools.product(BERT_PAIRS, (*TRIED, *((kind, 0.7) for kind in GIVEN))):
+        found = [column("bert", bert(task, arm, cut, lr), CHOICE[0]).get(0) for lr in rates]
+        lines.append([f"{task}, {cut}: {arm}", *(f"{x:.1f}" if x else "-" for x in found), 1])
+    return table(["setting", *rates, "n"], lines)
 
 
 KINDS = ("learned", "learned then cut", "bottom", "random")
@@ -641,8 +643,9 @@ def tables():
         "rates": rates_table(),
         "curves": curves_table(),
         "by sparsity": compared(*((task, cut, MAIN) for task in BERT_PAIRS for cut in (0, 0.5, 0.9))),
-        "structures": compared(*((task, 0.7, ["both", *GIVEN]) for task in BERT_PAIRS)),
-        "corpus": compared(*(("acl_arc", 0.7, MAIN, labels) for labels in (200, 0))),
+        "structures": compared(*((task, 0.7, ["both", *GIVEN], lr)
+                                 for task in BERT_PAIRS for lr in ("1e-4", "2e-4"))),
+        "corpus": compared(*(("acl_arc", 0.7, MAIN, None, labels) for labels in (200, 0))),
         "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS)),
         "built in": scores("built_in", built_in),
         "cuts": cuts_table(),
