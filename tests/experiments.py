@@ -58,10 +58,6 @@ KEPT += "ffn_kept expected_sparsity delivered_sparsity params_dense params_prune
 
 # of finished experiments, from scratch: their names and flags are in the rows (`settings_of`)
 RECIPES = ("none", "always")
-WHAT = ("gates", "weights")
-WINDOWS = ("before pruning", "while pruning", "while fine-tuning", "until fine-tuning", "from 1000 on")
-WHOLE_NETWORK = ("unpruned, none", "unpruned, always", "unpruned, before pruning", "small dense, always")
-LABELS = [f"{n} labels, {recipe}" for n in (50, 500, 2000) for recipe in RECIPES]  # 200 in all others
 TASKS = ("built in", "trec_coarse", "sst2")
 STOPS = ("until the cut", "goes on")
 STARTS = ("scratch", "parent", "8x8 scratch", "8x8 parent")
@@ -99,7 +95,9 @@ PIECES = [f"{size} pieces" for size in (2000, 5000, 10_000)]
 ARMS |= {name: f"{BOTH} --vocab_size {name.split()[0]}" for name in PIECES}
 ARMS["unrelated"] = f"{BOTH} --aux {DATA}sst2"
 RATES = ("1e-4", "3e-5", "1e-5")
-HIGHER = {"2e-4": range(3), "3e-4": range(1)}  # for given structures, and for both beside them: seeds
+# higher learning rates, since a structure that is given does best with them: (arm, rate) -> number of seeds
+HIGHER = {("both", "2e-4"): 3, ("both", "3e-4"): 1, ("alone", "2e-4"): 1, ("every second layer", "1e-3"): 1}
+HIGHER |= {(kind, lr): 3 if lr == "5e-4" else 1 for kind in GIVEN for lr in ("2e-4", "3e-4", "5e-4")}
 TRIED = (*((arm, 0.7) for arm in MAIN), ("after", 0.9))  # arms and sparsities with which all were tried
 BERT, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
 
@@ -136,16 +134,12 @@ def bert_settings():
         bert(task, arm, cut, lr, seeds=range(1))
     for task in BERT_PAIRS:  # the rate of 70 %, too: what does a baseline lose with it?
         bert(task, "after", 0.9, best_rate(task, "after", 0.7), seeds=range(3))
-    for task, arm in itertools.product(BERT_PAIRS, [*MAIN, *list(ARMS)[3:5]]):
+    for task, arm in itertools.product(BERT_PAIRS, [*list(ARMS)[:5], *GIVEN]):
         bert(task, arm)
     for task, arm, cut in itertools.product(BERT_PAIRS, MAIN, (0, 0.5, 0.9)):
         bert(task, arm, cut)
-    for task, kind in itertools.product(BERT_PAIRS, GIVEN):
-        bert(task, kind)
-    for task, arm, lr in itertools.product(BERT_PAIRS, ("both", *GIVEN), HIGHER):
-        bert(task, arm, lr=lr, seeds=HIGHER[lr])
-    for task in BERT_PAIRS:
-        bert(task, "alone", lr="2e-4", seeds=range(1))
+    for task, (arm, lr) in itertools.product(BERT_PAIRS, HIGHER):
+        bert(task, arm, lr=lr, seeds=range(HIGHER[arm, lr]))
     for labels, arm in itertools.product((200, 0), MAIN):
         bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=range(3))
     bert("trec_coarse", "unrelated", seeds=range(3))
@@ -166,10 +160,9 @@ def rows(name):
 def settings_of(name):
     """Setting -> flags of the rows of a file, in today's notation: delete a row, and `run` makes it again."""
     found = {row["setting"]: row["flags"] for row in rows(name)}
-    today = [(" bottom", " @bottom"), ("random --structure_seed", "@random")]
-    today.append(("--aux_shuffle", "--aux %shuffled"))
+    today = {" bottom": " @bottom", "random --structure_seed": "@random", "--aux_shuffle": "--aux %shuffled"}
     for setting, flags in found.items():
-        for old, new in today:
+        for old, new in today.items():
             flags = flags.replace(old, new)
         if "--transfer_start" not in flags and "--aux_weight 0" not in flags:
             flags = f"--transfer_start 1000 {flags}"  # the default of that time
@@ -232,9 +225,9 @@ def place(name, seed, folder):
     """The path that %NAME stands for; what has to be made for one run goes into the folder."""
     if name == "encoder":
         return os.environ["ENCODER"]
-    if name.endswith("_after"):
-        seed = 0  # one parent for all seeds of a pair
-    return shuffled(seed, folder) if name == "shuffled" else parent_network(name, seed)
+    if name == "shuffled":
+        return shuffled(seed, folder)
+    return parent_network(name, 0 if name.endswith("_after") else seed)  # after: one for all seeds
 
 
 def structure(name, file, flags, seed):
@@ -501,12 +494,12 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
 
 
 def compared(*groups):
-    """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps learning rate and labels; the first
-    arm is the one that the others are compared with.
+    """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps labels; the first arm is the one
+    that the others are compared with.
     """
     settings = {}
-    for task, cut, arms, *more in groups:
-        names = [bert(task, arm, cut, *more) for arm in arms]
+    for task, cut, arms, *labels in groups:
+        names = [bert(task, arm, cut, None, *labels) for arm in arms]
         settings |= dict.fromkeys(names, names[0])
     return scores("bert", settings, "both", CHOICE)
 
@@ -531,7 +524,7 @@ def curves_table():
 
 def rates_table():
     """Validation accuracy of seed 0 by learning rate."""
-    lines, rates = [], [*reversed(HIGHER), *RATES]
+    lines, rates = [], sorted({lr for _, lr in HIGHER} | {*RATES}, key=float, reverse=True)
     for task, (arm, cut) in itertools.product(BERT_PAIRS, (*TRIED, *((kind, 0.7) for kind in GIVEN))):
         found = [column("bert", bert(task, arm, cut, lr), CHOICE[0]).get(0) for lr in rates]
         lines.append([f"{task}, {cut}: {arm}", *(f"{x:.1f}" if x else "-" for x in found), 1])
@@ -621,9 +614,8 @@ def yardstick_table():
         found.append(column("bert", whole))
         if found[0]:
             lines.append([pair, *map(shown, found), len(found[0])])
-    head = ["pair", *yardsticks, "ours, no transfer", "ours, transfer", "from a BERT, reduced vocabulary"]
-    head += ["from a BERT", "n"]
-    return table(head, lines)
+    own = ["ours, no transfer", "ours, transfer", "from a BERT, reduced vocabulary", "from a BERT"]
+    return table(["pair", *yardsticks, *own, "n"], lines)
 
 
 def speed_table():
@@ -636,18 +628,20 @@ def speed_table():
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
     real = [name for pair in PAIRS for name in FILES["real"] if pair in name]
-    built_in = ["none", *WINDOWS, "always", *WHAT, "always, project", "shuffled", *WHOLE_NETWORK, *LABELS]
     parents = sorted(name for name in FILES["parent"] if "rest" not in name and "gates" not in name)
+    given = {}
+    for task, (own, rate) in itertools.product(BERT_PAIRS, [("1e-4", "1e-4"), ("2e-4", "5e-4")]):
+        gates_run = bert(task, "both", lr=own)
+        given |= {gates_run: gates_run} | {bert(task, kind, lr=rate): gates_run for kind in GIVEN}
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in BERT_PAIRS)),
         "rates": rates_table(),
         "curves": curves_table(),
         "by sparsity": compared(*((task, cut, MAIN) for task in BERT_PAIRS for cut in (0, 0.5, 0.9))),
-        "structures": compared(*((task, 0.7, ["both", *GIVEN], lr)
-                                 for task in BERT_PAIRS for lr in ("1e-4", "2e-4"))),
-        "corpus": compared(*(("acl_arc", 0.7, MAIN, None, labels) for labels in (200, 0))),
+        "structures": scores("bert", given, "both", CHOICE),
+        "corpus": compared(*(("acl_arc", 0.7, MAIN, labels) for labels in (200, 0))),
         "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS)),
-        "built in": scores("built_in", built_in),
+        "built in": scores("built_in", list(FILES["built_in"])),
         "cuts": cuts_table(),
         "sparsity": sparsity_table(),
         "parent": scores("parent", parents, keys=CHOICE),
