@@ -121,8 +121,9 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
     setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
     flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
-    own = f"{task}, {labels}, {cut}, {best_rate(task, 'both', cut)}: both"  # whose structure is given
-    flags = flags.replace("TASK", task).replace("BOTH", own)
+    if "@BOTH" in flags:  # the structure of the gates' run, whatever rate is given
+        flags = flags.replace("@BOTH", f"@{task}, {labels}, {cut}, {best_rate(task, 'both', cut)}: both")
+    flags = flags.replace("TASK", task)
     BERT.setdefault(setting, flags)
     SEEDS_OF[setting] = range(max(len(seeds), len(SEEDS_OF.get(setting, ()))))
     return setting
@@ -630,9 +631,10 @@ def tables():
     real = [name for pair in PAIRS for name in FILES["real"] if pair in name and "project" not in name]
     parents = sorted(name for name in FILES["parent"] if "rest" not in name and "gates" not in name)
     given = {}
-    for task in BERT_PAIRS:  # each at a rate that suits it
-        gates_run = bert(task, "both", lr="2e-4")
-        given |= {gates_run: gates_run} | {bert(task, kind, lr="5e-4"): gates_run for kind in GIVEN}
+    rates = [("1e-4", "1e-4"), ("2e-4", "5e-4")]  # of the gates' run, of a structure that is given
+    for task, (own, rate) in itertools.product(BERT_PAIRS, rates):
+        gates_run = bert(task, "both", lr=own)
+        given |= {gates_run: gates_run} | {bert(task, kind, lr=rate): gates_run for kind in GIVEN}
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in BERT_PAIRS)),
         "rates": rates_table(),
