@@ -88,6 +88,7 @@ ARMS = {  # after: one task after the other, from a BERT fine-tuned on the whole
     "both from the fine-tuned parent": "--init %TASK_after",
 }
 MAIN = ("both", "after", "alone")
+CUTS = (0, 0.5, 0.7, 0.9)
 ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
 GIVEN = {"every second layer": "every second layer", "lowest layers": "bottom", "learned first": "BOTH"}
 ARMS |= {kind: f"{BOTH} --finetune_steps 480 --structure @{name}" for kind, name in GIVEN.items()}
@@ -99,23 +100,16 @@ RATES = ("1e-4", "3e-5", "1e-5")
 HIGHER = {("both", "2e-4"): 3, ("both", "3e-4"): 1, ("alone", "2e-4"): 1, ("every second layer", "1e-3"): 1}
 HIGHER |= {(kind, lr): 3 if lr == "5e-4" else 1 for kind in GIVEN for lr in ("2e-4", "3e-4", "5e-4")}
 TRIED = (*((arm, 0.7) for arm in MAIN), ("after", 0.9))  # arms and sparsities with which all were tried
-BERT, SEEDS_OF = {}, {}  # SEEDS_OF: of settings that have not all five
+BERT, SEEDS_OF = {}, {}  # SEEDS_OF: how many, of settings of BERT
 
 
 def best_rate(task, arm, cut):
-    """The learning rate with the best validation accuracy of seed 0 or, where two or more rates have more
-    seeds, of those rates on average over the seeds that they share. Where the arm was not TRIED the rate is
-    that of 70 %; an arm with both tasks has that of both.
-    """
-    arm, cut = (arm if arm in MAIN else "both"), (cut if (arm, cut) in TRIED else 0.7)
-    found = {r: column("bert", f"{task}, 200, {cut}, {r}: {arm}", CHOICE[0]) or {0: 0} for r in RATES}
-    most = [r for r in RATES if len(found[r]) > 1]
-    most = most if len(most) > 1 else RATES
-    common = set.intersection(*(set(found[r]) for r in most))
-    return max(most, key=lambda r: sum(found[r][seed] for seed in common))
+    """The learning rate that validation data chose at 70 % (`after` has another one at 90 %): table rates."""
+    own = {("sst2", 0.7): "1e-5", ("sst2", 0.9): "3e-5", ("trec_coarse", 0.7): "3e-5"}
+    return own.get((task, max(cut, 0.7)), "1e-4") if arm == "after" else "1e-4"
 
 
-def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
+def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=5):
     """Add the setting of a run from a BERT, and return its name. lr: None for the best learning rate."""
     lr = lr or best_rate(task, arm, cut)
     setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
@@ -125,37 +119,35 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=range(5)):
         flags = flags.replace("@BOTH", f"@{task}, {labels}, {cut}, {best_rate(task, 'both', cut)}: both")
     flags = flags.replace("TASK", task)
     BERT.setdefault(setting, flags)
-    SEEDS_OF[setting] = range(max(len(seeds), len(SEEDS_OF.get(setting, ()))))
+    SEEDS_OF[setting] = max(seeds, SEEDS_OF.get(setting, 0))
     return setting
 
 
 def bert_settings():
     """Make all settings, in the order in which they are to be run."""
     for task, (arm, cut), lr in itertools.product(BERT_PAIRS, TRIED, RATES):
-        bert(task, arm, cut, lr, seeds=range(1))
+        bert(task, arm, cut, lr, seeds=1)
     for task in BERT_PAIRS:  # the rate of 70 %, too: what does a baseline lose with it?
-        bert(task, "after", 0.9, best_rate(task, "after", 0.7), seeds=range(3))
+        bert(task, "after", 0.9, best_rate(task, "after", 0.7), seeds=3)
     for task, arm in itertools.product(BERT_PAIRS, [*list(ARMS)[:5], *GIVEN]):
         bert(task, arm)
-    for task, arm, cut in itertools.product(BERT_PAIRS, MAIN, (0, 0.5, 0.9)):
+    for task, arm, cut in itertools.product(BERT_PAIRS, MAIN, CUTS):
         bert(task, arm, cut)
     for task, (arm, lr) in itertools.product(BERT_PAIRS, HIGHER):
-        bert(task, arm, lr=lr, seeds=range(HIGHER[arm, lr]))
+        bert(task, arm, lr=lr, seeds=HIGHER[arm, lr])
     for labels, arm in itertools.product((200, 0), MAIN):
-        bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=range(3))
-    bert("trec_coarse", "unrelated", seeds=range(3))
+        bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=3)
+    bert("trec_coarse", "unrelated", seeds=3)
     for task, arm in itertools.product(BERT_PAIRS, PIECES):
-        bert(task, arm, seeds=range(3))
+        bert(task, arm, seeds=3)
 
 
 # ----------------------------------------------------------------------------- running
 
 
 def rows(name):
-    """The rows of a file; a run with transfer until the cut is the one whose structure is *learned*."""
     path = RESULTS / f"{name}.jsonl"
-    found = [json.loads(line) for line in open(path)] if path.exists() else []
-    return [{**row, "setting": row["setting"].replace(": until the cut", ": learned")} for row in found]
+    return [json.loads(line) for line in open(path)] if path.exists() else []
 
 
 def settings_of(name):
@@ -183,26 +175,37 @@ def quick(flags, seed, folder):
         return loop.train(loop.parse_args(flags))
 
 
+def write_task(folder, splits):
+    """A folder with a task; splits: name -> pairs of text and class name. Returns its path."""
+    for split, pairs in splits.items():
+        lines = [json.dumps({"text": text, "label": str(label)}) + "\n" for text, label in pairs]
+        Path(folder, f"{split}.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
 def shuffled(seed, folder):
     """A folder with the film reviews, the labels of each split in random order."""
+    splits = {}
     for split, pairs in transfer.reviews("film").items():
         labels = np.array([label for _, label in pairs])
         np.random.default_rng(seed).shuffle(labels)
-        lines = [json.dumps({"text": text, "label": str(y)}) for (text, _), y in zip(pairs, labels)]
-        Path(folder, f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return str(folder)
+        splits[split] = [(text, label) for (text, _), label in zip(pairs, labels)]
+    return write_task(folder, splits)
+
+
+def auxiliary_texts(target, aux):
+    """Pairs of text and class name: the auxiliary training texts that the target does not hold out."""
+    held_out = [x for split in ("validation", "test") for x in texts(DATA + target, split)[0]]
+    held_out = {transfer.text_key((x,)) for x in held_out}
+    return [(x, y) for x, y in zip(*texts(DATA + aux, "train")) if transfer.text_key((x,)) not in held_out]
 
 
 def without_held_out(task):
     """A folder with the auxiliary task of a pair, its training texts without those held out of the target."""
-    folder = PARENTS / f"{task}_auxiliary"
+    folder, aux = PARENTS / f"{task}_auxiliary", AUXILIARY[task]
     folder.mkdir(parents=True, exist_ok=True)
-    held = {text_key(x) for split in ("validation", "test") for x in texts(DATA + task, split)[0]}
-    for split in ("train", "validation"):
-        rows = [{"text": x, "label": y} for x, y in zip(*texts(DATA + AUXILIARY[task], split))
-                if split == "validation" or text_key(x) not in held]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    splits = {"train": auxiliary_texts(task, aux), "validation": zip(*texts(DATA + aux, "validation"))}
+    return write_task(folder, splits)
 
 
 def parent_network(name, seed):
@@ -281,7 +284,7 @@ def run(part=0, parts=1, *wanted):
     for name, seed in itertools.product(wanted or FILES, SEEDS[int(part) :: int(parts)]):
         file, _, start = name.partition(":")
         for setting in FILES[file]:
-            if not setting.startswith(start) or seed not in SEEDS_OF.get(setting, SEEDS):
+            if not setting.startswith(start) or seed >= SEEDS_OF.get(setting, len(SEEDS)):
                 continue
             if not any(row["setting"] == setting and row["seed"] == seed for row in rows(file)):
                 append(file, row := make(file, setting, seed))
@@ -315,10 +318,6 @@ def features(net, sentences):
     return nn.functional.pad(torch.cat(parts), (0, 1), value=1.0)
 
 
-def text_key(text):
-    return transfer.text_key((text,))
-
-
 COARSER = {"very positive": "positive", "very negative": "negative"}
 TARGETS = [*PAIRS.values(), ("trec_coarse", "trec_fine", 50), ("trec_coarse", "trec_fine", 1000)]
 
@@ -335,12 +334,10 @@ def yardstick():
     for (target, aux, n), seed in itertools.product(TARGETS, SEEDS):
         splits = {split: texts(DATA + target, split) for split in ("train", "validation", "test")}
         kinds = dict.fromkeys(["TF-IDF", "MiniLM, frozen"], labelled(*splits["train"], n, seed))
-        x_aux, y_aux = texts(DATA + aux, "train")
-        y_aux = [COARSER.get(name, name.partition(":")[0]) for name in y_aux]  # SST-5's, fine TREC's
-        if (classes := set(splits["train"][1])) <= set(y_aux):
-            held = {key for split in ("validation", "test") for key in map(text_key, splits[split][0])}
-            more = [(text, name) for text, name in zip(x_aux, y_aux)
-                    if name in classes and text_key(text) not in held]
+        # classes of SST-5 and of fine TREC become those of SST-2 and of coarse TREC
+        more = [(x, COARSER.get(y, y.partition(":")[0])) for x, y in auxiliary_texts(target, aux)]
+        if (classes := set(splits["train"][1])) <= {name for _, name in more}:
+            more = [(x, name) for x, name in more if name in classes]
             kinds["TF-IDF, auxiliary data too"] = list(zip(*zip(*kinds["TF-IDF"]), *more))
         for name, own in kinds.items():
             setting = f"{target}, {n or 'all'} labels: {name}"
@@ -423,16 +420,19 @@ def proxy():
 
 
 CHOICE = ("validation_accuracy", "test_accuracy")  # what chooses, and what is reported
+SIZED = (*CHOICE, "params_pruned")
 
 
 def column(name, setting, key="test_accuracy"):
-    """seed -> 100 * value, of one setting; "after_cut" is the test accuracy right after the cut."""
-    found = {}
+    """seed -> value of one setting, in % or in millions of parameters; "after_cut" is the test accuracy
+    right after the cut.
+    """
+    found, scale = {}, 1e-6 if key == "params_pruned" else 100
     for row in rows(name):
         if row["setting"] == setting:
             after_cut = row.get("accuracy_after_cut", {}).get("test")
             found[row["seed"]] = after_cut if key == "after_cut" else row[key]
-    return {seed: 100 * value for seed, value in found.items() if value is not None}
+    return {seed: scale * value for seed, value in found.items() if value is not None}
 
 
 def structure_column(name, setting, key="test_accuracy"):
@@ -476,17 +476,10 @@ def table(head, lines):
 def scores(file, settings, baseline="none", keys=("test_accuracy",)):
     """Scores in %, and gains over a baseline, in points, paired by seed; settings without rows are left out.
 
-    baseline: the end of a setting that starts like this one, or else the whole of it; settings: if it is a
-    dict, setting -> the whole baseline.
+    settings: setting -> the one that is its baseline; baseline: what that is called.
     """
     lines, names = [], [key.replace("_", " ").removesuffix(" accuracy") for key in keys]
-    known = {row["setting"] for row in rows(file)}
-    for setting in settings:
-        own = [setting.rpartition(mark)[0] + mark for mark in (": ", ", ") if mark in setting]
-        others = [start + baseline for start in [*own, ""]]
-        other = next((name for name in others if name in known), others[0])
-        if isinstance(settings, dict):
-            other = settings[setting]
+    for setting, other in settings.items():
         found = [shown(column(file, setting, key)) for key in keys]
         gains = [shown(difference(file, setting, other, key), "+.1f") for key in keys]
         if n := len(column(file, setting)):
@@ -494,7 +487,13 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
     return table(["setting", *names, *(f"{name} minus {baseline}" for name in names), "n"], lines)
 
 
-def compared(*groups):
+def without_transfer(settings, mark):
+    """Setting -> its baseline: what starts alike, up to the mark, and ends in none, or else just none."""
+    own = {name: name.rpartition(mark)[0] + mark + "none" for name in settings}
+    return {name: other if other in own else "none" for name, other in own.items()}
+
+
+def compared(*groups, keys=CHOICE):
     """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps labels; the first arm is the one
     that the others are compared with.
     """
@@ -502,25 +501,45 @@ def compared(*groups):
     for task, cut, arms, *labels in groups:
         names = [bert(task, arm, cut, None, *labels) for arm in arms]
         settings |= dict.fromkeys(names, names[0])
-    return scores("bert", settings, "both", CHOICE)
+    return scores("bert", settings, groups[0][2][0], keys)
 
 
-def curve(task, arm):
-    """Step -> validation accuracies in % of all seeds, of an arm at 70 % with 200 labels."""
-    found = {}
-    for row in rows("bert"):
-        if row["setting"] == bert(task, arm):
-            for step, accuracy in row["validation_curve"]:
-                found.setdefault(step, []).append(100 * accuracy)
-    return found
+def curve(task, arm, cut=0.7):
+    """Step -> validation accuracies in % of all seeds, of an arm with 200 labels."""
+    own = [row for row in rows("bert") if row["setting"] == bert(task, arm, cut)]
+    curves = [dict(row["validation_curve"]) for row in own]
+    return {step: [100 * accuracy[step] for accuracy in curves] for step in curves[0]}
 
 
 def curves_table():
     lines = []
-    for task, arm in itertools.product(BERT_PAIRS, MAIN):
-        steps = curve(task, arm)
-        lines.append([f"{task}: {arm}", *map(shown, steps.values()), len(steps[480])])
-    return table(["setting", *(f"step {step}" for step in (100, 200, 300, 400, 480)), "n"], lines)
+    for task, cut, arm in itertools.product(BERT_PAIRS, CUTS, MAIN):
+        steps = curve(task, arm, cut)
+        change = shown([b - a for a, b in zip(steps[100], steps[300])], "+.1f")
+        shown_steps = [shown(steps[step]) for step in (100, 300, 480)]
+        lines.append([f"{task}, {cut}: {arm}", *shown_steps, change, len(steps[100])])
+    return table(["setting", "step 100", "step 300", "step 480", "step 300 minus 100", "n"], lines)
+
+
+GAPS = {  # name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
+    "after minus alone": (("after", 0.7), ("alone", 0.7)),
+    "both until the cut minus after": (("both until the cut", 0.7), ("after", 0.7)),
+    "both minus alone unpruned": (("both", 0.7), ("alone", 0)),
+}
+for other, cut in itertools.product(MAIN[1:], CUTS[1:]):
+    GAPS[f"lead over {other}, {cut} minus 0"] = (("both", cut), (other, cut), ("both", 0), (other, 0))
+
+
+def gaps_table():
+    """Further differences between arms, in points. A lead is that of both at once; does pruning add to it?"""
+    lines = []
+    for task, (name, arms) in itertools.product(BERT_PAIRS, GAPS.items()):
+        found = []
+        for key in CHOICE:
+            a, b, *unpruned = [column("bert", bert(task, *arm), key) for arm in arms]
+            found.append(minus(minus(a, b), minus(*unpruned)) if unpruned else minus(a, b))
+        lines.append([f"{task}: {name}", *(shown(gap, "+.1f") for gap in found), len(found[0])])
+    return table(["difference", "validation", "test", "n"], lines)
 
 
 def rates_table():
@@ -599,8 +618,8 @@ def proxy_table():
         lines.append([pair, *levels, *(shown(gain, "+.1f") for gain in gains), len(gains[0])])
     head = ["pair", "untrained, %", "after 400 steps, %", "rise, points", "gain of the runs, points", "n"]
     once = {PROXIES[pair][:2]: found[pair] for pair in reversed(found)}  # the first number of labels
-    rho = f"Rank correlation of rise and gain over {len(found)} settings: {rank_correlation(found):.2f}; "
-    return f"{table(head, lines)}\n{rho}over {len(once)} pairs, each once: {rank_correlation(once):.2f}.\n"
+    rho = f"over {len(once)} pairs, each with its first number of labels: {rank_correlation(once):.2f}."
+    return f"{table(head, lines)}\nRank correlation of rise and gain {rho}\n"
 
 
 def yardstick_table():
@@ -613,10 +632,11 @@ def yardstick_table():
         found.append(column("pretrained", f"{target}, {n} labels, 0.7: transfer"))
         whole = bert(target, "both", labels=n) if AUXILIARY.get(target) == aux else ""
         found.append(column("bert", whole))
+        found += [minus(found[-1], found[i]) for i in (1, 2)]
         if found[0]:
             lines.append([pair, *map(shown, found), len(found[0])])
     own = ["ours, no transfer", "ours, transfer", "from a BERT, reduced vocabulary", "from a BERT"]
-    return table(["pair", *yardsticks, *own, "n"], lines)
+    return table(["pair", *yardsticks, *own, *(f"minus {name}" for name in yardsticks[1:]), "n"], lines)
 
 
 def speed_table():
@@ -639,15 +659,17 @@ def tables():
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in BERT_PAIRS)),
         "rates": rates_table(),
         "curves": curves_table(),
-        "by sparsity": compared(*((task, cut, MAIN) for task in BERT_PAIRS for cut in (0, 0.5, 0.9))),
+        "gaps": gaps_table(),
+        "by sparsity": compared(*((task, cut, MAIN) for task in BERT_PAIRS for cut in CUTS if cut != 0.7)),
         "structures": scores("bert", given, "both", CHOICE),
         "corpus": compared(*(("acl_arc", 0.7, MAIN, labels) for labels in (200, 0))),
-        "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS)),
-        "built in": scores("built_in", list(FILES["built_in"])),
+        "unrelated": compared(("trec_coarse", 0.7, ["alone", "unrelated", "both"])),
+        "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS), keys=SIZED),
+        "built in": scores("built_in", without_transfer(FILES["built_in"], ", ")),
         "cuts": cuts_table(),
         "sparsity": sparsity_table(),
-        "parent": scores("parent", parents, keys=CHOICE),
-        "real": scores("real", real, keys=(*CHOICE, "test_macro_f1")),
+        "parent": scores("parent", without_transfer(parents, ", "), keys=CHOICE),
+        "real": scores("real", without_transfer(real, ": "), keys=(*CHOICE, "test_macro_f1")),
         "proxy": proxy_table(),
         "yardstick": yardstick_table(),
         "speed": speed_table(),
@@ -663,8 +685,8 @@ def tables():
 
 # ----------------------------------------------------------------------------- pictures
 
-COLOURS = dict(zip(MAIN, ("#D55E00", "#009E73", "#0072B2")))  # told apart by the colour-blind, too
-LABEL_OF = {"both": "both at once", "after": "one after the other", "alone": "200 labels alone"}
+LABELS = {"both": "both at once", "after": "one after the other", "alone": "200 labels alone"}
+COLOURS = {"both": "#D55E00", "after": "#009E73", "alone": "#0072B2"}  # told apart by the colour-blind, too
 
 
 def panels(values, xlabel, ylabel, xlim):
@@ -689,7 +711,7 @@ def panels(values, xlabel, ylabel, xlim):
         for y, x, arm in sorted(ends):
             height = max(y, height + 2.5)  # so that labels do not overlap
             end = {"xy": (x, height), "xytext": (8, -4), "textcoords": "offset points"}
-            axis.annotate(LABEL_OF[arm], color=COLOURS[arm], **end)
+            axis.annotate(LABELS[arm], color=COLOURS[arm], **end)
         title = {"sst2": "SST-2"}.get(task, "coarse TREC")
         axis.set(title=title, xlabel=xlabel, xlim=xlim, xticks=list(found))
     return figure
@@ -707,7 +729,7 @@ def by_sparsity():
     """A figure: test accuracy by the part of the prunable weights that is removed."""
 
     def at_cuts(task, arm):
-        return {100 * cut: column("bert", bert(task, arm, cut)).values() for cut in (0, 0.5, 0.7, 0.9)}
+        return {100 * cut: column("bert", bert(task, arm, cut)).values() for cut in CUTS}
 
     return panels(at_cuts, "removed of the prunable weights, %", "test accuracy, %", (-5, 130))
 

@@ -10,36 +10,23 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import model
 import train as loop
-from test_model import write_bert
+from test_model import main, write_bert
 # small_data holds for these tests, too
 from test_train import PIECES, ROOT, SCHEDULE, SMALL, equal, every_review, history
-from test_train import prunable, run, small_data, weights, write
+from test_train import prunable, run, small_data, weights
+from test_transfer import save
 from transfer import InputError
 
 DATA = ROOT.parent / "shared" / "data"
 TINY = "--steps 2 --finetune_steps 1 --sparsity 0 --n_layer 1 --n_head 1 --d_model 4 --device cpu".split()
 DONE = ["checkpoint.pt", "history.jsonl", "pruned.pt", "result.json"]  # what a finished run leaves
-
-
-def main(*flags, module=loop, stdin=b"", encoding="utf-8"):
-    """The command line inside this process: (exit code, stdout, stderr)."""
-    out, error = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", error)
-        try:
-            code = module.main() or 0
-        except SystemExit as stop:
-            code = stop.code or 0
-    return code, out.buffer.getvalue().decode(encoding), error.getvalue()
 
 
 def is_one_line(code, error):
@@ -115,7 +102,7 @@ def test_a_run_without_a_standard_error_stream_works(tmp_path, monkeypatch):
 def test_a_text_with_a_lone_surrogate_is_read_and_printed(tmp_path):
     r"""JSON may have "\ud83d", half of a pair, which no encoding can write."""
     rows = [{"text": f"half \ud83d of {i} {'ab'[i % 2]}", "label": "ab"[i % 2]} for i in range(40)]
-    write(tmp_path / "mine.jsonl", rows)
+    save(tmp_path / "mine.jsonl", rows)
     code, out, error = main(*SMALL, "--target", tmp_path / "mine.jsonl", "--out_dir", tmp_path / "out")
     assert (code, error) == (0, "") and r"half \ud83d of" in out
     assert "\ud83d" in model.GatedTransformer.load(tmp_path / "out" / "pruned.pt").vocab
@@ -127,7 +114,7 @@ def test_a_text_with_a_lone_surrogate_is_read_and_printed(tmp_path):
 def test_what_the_console_cannot_encode_is_escaped(tmp_path, encoding, name, other):
     """Class names, texts and folders, in both programs."""
     rows = [{"text": f"{('日 ø', '本')[i % 2]} {i}", "label": ("naïve", "東")[i % 2]} for i in range(60)]
-    write(tmp_path / "本" / "train.jsonl", rows)
+    save(tmp_path / "本" / "train.jsonl", rows)
     flags = "--lr=0.05 --sparsity=0 --target".split()
     flags += [tmp_path / "本", "--out_dir", tmp_path / "出"]
     code, out, error = main(*SMALL, *flags, encoding=encoding)
@@ -226,7 +213,7 @@ def test_the_best_network_of_before_an_interruption_is_kept(tmp_path):
     fine-tuning is the first one, from before the interruption."""
     for split, names in (("train", "ab"), ("validation", "ba"), ("test", "ab")):
         rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": names[i % 2]} for i in range(60)]
-        write(tmp_path / "task" / f"{split}.jsonl", rows)
+        save(tmp_path / "task" / f"{split}.jsonl", rows)
     flags, out = ["--target", tmp_path / "task", "--lr", 0.005, "--sparsity", 0.3], tmp_path / "out"
     interrupted(out, *flags, step=52, every=5)
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -244,7 +231,7 @@ def test_resume_refuses_another_run_and_returns_a_finished_one(tmp_path):
     for split in ("train", "validation", "test", "aux"):
         texts = [f"word{i % 7} of {i} in {split}" for i in range(40)]
         rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
-        write(task / f"{split}.jsonl", rows)
+        save(task / f"{split}.jsonl", rows)
     for seed in (0, 1):
         run(tmp_path / f"film{seed}", "--target=reviews:film", "--sparsity=0", "--n_target=0", "--seed", seed)
     structure = tmp_path / "structure.json"
@@ -346,11 +333,8 @@ def test_seeds_are_run_with_and_without_transfer_and_compared_by_pairs(tmp_path,
 
 
 def test_a_lack_of_memory_is_one_line_and_a_fault_of_the_program_is_not_hidden(tmp_path, monkeypatch):
-    def failing(error):
-        raise error
-
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("shapes do not fit")):
-        monkeypatch.setattr(loop, "task_loss", lambda *_, error=error: failing(error))
+        monkeypatch.setattr(loop, "task_loss", Mock(side_effect=error))
         if isinstance(error, torch.OutOfMemoryError):
             assert is_one_line(*main(*TINY, "--out_dir", tmp_path)[::2])
         else:

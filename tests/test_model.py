@@ -18,6 +18,7 @@ import train
 import transfer
 from masks import Gates, Units
 from model import CLS, PAD, SPECIAL, Config, GatedTransformer, InputError, dropout_masks, extract, words
+from test_transfer import texts_task
 
 L, H, C = 3, 4, 32
 VOCAB = [*SPECIAL, CLS, *(f"w{i}" for i in range(40)), "w", *(f"##{i}" for i in range(10)), "W1"]
@@ -259,50 +260,54 @@ def test_a_network_in_half_precision_classifies_nearly_alike(bert, dtype, tolera
     torch.testing.assert_close(found.float().softmax(1), gated, atol=2 * tolerance, rtol=0)
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """A function to (exit code, stdout, stderr) of the command line with a network and lines."""
-
-    def run(net, asked):
-        net.save(tmp_path / "net.pt")
-        monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path / "net.pt")])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(asked)))
+def main(*flags, module=train, stdin=b"", encoding="utf-8"):
+    """The command line inside this process: (exit code, stdout, stderr)."""
+    out, error = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", error)
         try:
-            code = model.main() or 0
+            code = module.main() or 0
         except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+            code = stop.code or 0
+    return code, out.buffer.getvalue().decode(encoding), error.getvalue()
 
 
-def test_the_command_line_prints_a_label_and_its_probability_for_every_line(command):
+def command(folder, net, asked):
+    """What model.py makes of a network and lines: (exit code, stdout, stderr)."""
+    net.save(folder / "net.pt")
+    return main(folder / "net.pt", module=model, stdin=asked)
+
+
+def test_the_command_line_prints_a_label_and_its_probability_for_every_line(tmp_path):
     """A tab separates the texts of a pair; lines end in any of three ways, and nowhere else."""
     single, pair, asked = network(), network(n_texts=2), ["w1 w2", "", "w1"]
-    _, out, _ = command(single, b"w1 w2\n\nw1\n")
+    _, out, _ = command(tmp_path, single, b"w1 w2\n\nw1\n")
     printed = [line.split("\t") for line in out.splitlines()]
     assert [label for label, _ in printed] == single.predict(asked)
     best = single.probabilities(asked).amax(1).tolist()
     assert [float(p) for _, p in printed] == pytest.approx(best, abs=6e-4)
     for same in (b"\xef\xbb\xbfw1 w2\n\nw1\n", b"w1 w2\r\rw1\r", b"w1 w2\r\n\r\nw1"):
-        assert command(single, same) == (0, out, "")
-    assert command(single, "w1\u2028w2 \x0c w3\r\nw4".encode())[1].count("\n") == 2
-    assert command(pair, b"w1\tw2\n")[1].split("\t")[0] == pair.predict([("w1", "w2")])[0]
-    assert command(single, b"") == (0, "", "")  # no text, no label
+        assert command(tmp_path, single, same) == (0, out, "")
+    assert command(tmp_path, single, "w1\u2028w2 \x0c w3\r\nw4".encode())[1].count("\n") == 2
+    assert command(tmp_path, pair, b"w1\tw2\n")[1].split("\t")[0] == pair.predict([("w1", "w2")])[0]
+    assert command(tmp_path, single, b"") == (0, "", "")  # no text, no label
 
 
-def test_the_command_line_refuses_in_one_line(command):
+def test_the_command_line_refuses_in_one_line(tmp_path):
     for net, asked, reason in (
         (network(), b"w1\rw2\n\xe9\nw3\n\xe9", "error: line 3: save it as UTF-8\n"),
         (network(), b"w1\nw1\tw2", "error: ('w1', 'w2') is not 1 text(s), as in training\n"),
         (network(n_texts=2), b"w1\tw2\nw1", "error: ('w1',) is not 2 text(s), as in training\n"),
     ):
-        assert command(net, asked) == (2, "", reason)
+        assert command(tmp_path, net, asked) == (2, "", reason)
 
 
-def test_the_command_line_keeps_the_case_of_a_cased_bert(command):
+def test_the_command_line_keeps_the_case_of_a_cased_bert(tmp_path):
     net = network(bert=True, cased=True)
-    lines = command(net, b"W1\nw1\n")[1].splitlines()
+    lines = command(tmp_path, net, b"W1\nw1\n")[1].splitlines()
     assert [line.split("\t")[0] for line in lines] == net.predict(["W1", "w1"]) and lines[0] != lines[1]
 
 
@@ -411,9 +416,7 @@ def test_a_run_starts_from_the_features_of_the_bert_also_where_pieces_are_not_in
     """The whole vocabulary stays, and prepare and dense_network keep case and every piece's embedding."""
     parent = model.load_bert(write_bert(tmp_path / "bert", pieces=[*PIECES, "CL"]))
     test = ["unwanted running", "cafe, 東京 a", "CL!"]
-    for split, listed in {"train": ["the . a", "run a"], "validation": ["a"], "test": test}.items():
-        lines = [json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(listed)]
-        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    texts_task(tmp_path, train=["the . a", "run a"], validation=["a"], test=test)
     shape = f"--n_layer {L} --n_head {H} --d_model {C} --max_length 12".split()
     args = train.parse_args(["--target", str(tmp_path), *shape])
     data = transfer.prepare(args, parent)

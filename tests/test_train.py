@@ -20,6 +20,7 @@ import model
 import train as loop
 import transfer
 from test_model import write_bert
+from test_transfer import save
 from transfer import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +46,6 @@ def small_data():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "reviews", few_reviews)
         yield
-
-
-def write(path, rows):
-    """A JSON Lines file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def arguments(folder, *flags, base=SMALL):
@@ -347,9 +342,9 @@ def test_pruning_reaches_its_target_and_classes_come_out_with_their_own_names(tm
     right. The auxiliary task has other columns."""
     rows = [{"text": f"{word} {i}", "label": word[0]} for i in range(50) for word in ("bee", "cat", "ant")]
     for split in ("train", "validation", "test"):
-        write(tmp_path / "task" / f"{split}.jsonl", rows)
+        save(tmp_path / "task" / f"{split}.jsonl", rows)
     said = [{"said": f"a {row['text']}", "by": row["label"] * 2} for row in rows]
-    write(tmp_path / "aux" / "train.jsonl", said)
+    save(tmp_path / "aux" / "train.jsonl", said)
     flags = "--steps 300 --prune_ramp 100 --finetune_steps 100 --gate_lr 0.2 --lr 0.01 --n_layer 4"
     flags += " --sparsity 0.7"
     flags += " --transfer_start 0 --aux_text_columns said --aux_label_column by --n_target 0 --aux"
@@ -411,7 +406,7 @@ def test_the_best_network_of_the_fine_tuning_by_validation_data_is_kept_and_repo
         if swapped and split == "validation":
             names = {"good": "no", "bad": "yes"}
         rows = [{"text": text, "label": names[text.split()[0]]} for text in texts]
-        write(tmp_path / "task" / f"{split}.jsonl", rows)
+        save(tmp_path / "task" / f"{split}.jsonl", rows)
     flags = ["--target", tmp_path / "task", "--lr", 0.005, "--sparsity", 0.3]
     result = run(tmp_path / "out", *flags, every=1)
     rows = [row for row in history(tmp_path / "out") if row["phase"] == "finetune"]
@@ -497,7 +492,7 @@ def test_a_run_starts_from_its_parent_with_words_by_name_and_has_its_shape(paren
     assert len(common) > 15 and all(torch.equal(mine[name], theirs[name]) for name in common)
     assert torch.equal(mine["classifier.auxiliary.weight"], theirs["classifier.target.weight"])
     assert not torch.equal(mine["classifier.target.weight"], theirs["classifier.target.weight"])
-    write(tmp_path / "other.jsonl", [{"text": f"other {i}", "label": f"{i % 2}"} for i in range(20)])
+    save(tmp_path / "other.jsonl", [{"text": f"other {i}", "label": f"{i % 2}"} for i in range(20)])
     other = before_the_first_step(parent, aux=str(tmp_path / "other.jsonl"))[3]
     assert not torch.equal(other.classifier["auxiliary"].weight, theirs["classifier.target.weight"])
     assert torch.equal(other.norm.weight, theirs["norm.weight"])
