@@ -524,10 +524,10 @@ def curves_table():
 GAPS = {  # name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
     "after minus alone": (("after", 0.7), ("alone", 0.7)),
     "both until the cut minus after": (("both until the cut", 0.7), ("after", 0.7)),
-    "both minus alone unpruned": (("both", 0.7), ("alone", 0)),
+    "both minus unpruned alone": (("both", 0.7), ("alone", 0)),
 }
 for other, cut in itertools.product(MAIN[1:], CUTS[1:]):
-    GAPS[f"lead over {other}, {cut} minus 0"] = (("both", cut), (other, cut), ("both", 0), (other, 0))
+    GAPS[f"lead over {other}, {cut}"] = (("both", cut), (other, cut), ("both", 0), (other, 0))
 
 
 def gaps_table():
