@@ -104,7 +104,9 @@ BERT, SEEDS_OF = {}, {}  # SEEDS_OF: how many, of settings of BERT
 
 
 def best_rate(task, arm, cut):
-    """The learning rate that validation data chose at 70 % (`after` has another one at 90 %): table rates."""
+    """The learning rate that validation data chose, see the table of rates: at 70 % for all sparsities but
+    90 %, where `after` has one of its own.
+    """
     own = {("sst2", 0.7): "1e-5", ("sst2", 0.9): "3e-5", ("trec_coarse", 0.7): "3e-5"}
     return own.get((task, max(cut, 0.7)), "1e-4") if arm == "after" else "1e-4"
 
@@ -116,7 +118,7 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=5):
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
     flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
     if "@BOTH" in flags:  # the structure of the gates' run, whatever rate is given
-        flags = flags.replace("@BOTH", f"@{task}, {labels}, {cut}, {best_rate(task, 'both', cut)}: both")
+        flags = flags.replace("@BOTH", f"@{bert(task, 'both', cut, labels=labels)}")
     flags = flags.replace("TASK", task)
     BERT.setdefault(setting, flags)
     SEEDS_OF[setting] = max(seeds, SEEDS_OF.get(setting, 0))
@@ -146,6 +148,7 @@ def bert_settings():
 
 
 def rows(name):
+    """The rows of a file, as dicts; none if it is not there."""
     path = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in open(path)] if path.exists() else []
 
