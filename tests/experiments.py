@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -52,15 +53,13 @@ PARENTS = Path("out/parents")  # networks to start from, made when first needed
 SEEDS = range(5)
 DATA = "../shared/data/"
 KEPT = "test_accuracy test_macro_f1 validation_accuracy accuracy_before_cut accuracy_after_cut heads_kept "
-KEPT += "ffn_kept expected_sparsity delivered_sparsity params_dense params_pruned"
+KEPT += "ffn_kept expected_sparsity delivered_sparsity params_dense params_pruned read_differently"
 
 # ----------------------------------------------------------------------------- settings: name -> flags
 
 # of finished experiments, from scratch: their names and flags are in the rows (`settings_of`)
 RECIPES = ("none", "always")
-TASKS = ("built in", "trec_coarse", "sst2")
 STOPS = {"until the cut": "stops", "goes on": "goes on"}
-STARTS = ("scratch", "parent")
 # other rules for the four heads that fit at 90 %; gates found two layers of two heads in 4 of 10 runs
 RULES = {"two layers": [[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4], "every layer": [[1, 0, 0, 0]] * 4}
 PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is unrelated, to see the harm
@@ -78,6 +77,7 @@ PAIRS = {  # name -> target, auxiliary task, labels of the target; the last is u
 # from a pre-trained BERT with its whole vocabulary; a setting is "task, labels, sparsity, learning rate: arm"
 BERT_PAIRS = ("sst2", "trec_coarse")
 AUXILIARY = {"sst2": "sst5", "trec_coarse": "trec_fine", "acl_arc": "scicite", "kitchen": "kitchen_rest"}
+READ = {"acl_arc": 64, "kitchen": 128}  # pieces of a text; elsewhere 32
 SCHEDULE = "--steps 480 --prune_start 50 --prune_ramp 200 --gate_lr 0.1 --finetune_steps 150"
 BOTH = "--init %encoder"
 ARMS = {  # after: one task after the other, from a BERT fine-tuned on the whole auxiliary task
@@ -89,16 +89,19 @@ ARMS = {  # after: one task after the other, from a BERT fine-tuned on the whole
 }
 MAIN = ("both", "after", "alone")
 CUTS = (0, 0.5, 0.7, 0.9)
-ORDERS = {"upper layers": [5, 4, 3, 2, 1, 0], "every second layer": [1, 3, 5, 0, 2, 4]}  # first are kept
+ORDERS = {"every second layer": [1, 3, 5, 0, 2, 4]}  # layers, those to be kept first
 GIVEN = {"every second layer": "every second layer", "lowest layers": "bottom", "learned first": "BOTH"}
 ARMS |= {kind: f"{BOTH} --finetune_steps 480 --structure @{name}" for kind, name in GIVEN.items()}
 PIECES = [f"{size} pieces" for size in (2000, 5000, 10_000)]
 ARMS |= {name: f"{BOTH} --vocab_size {name.split()[0]}" for name in PIECES}
 ARMS["unrelated"] = f"{BOTH} --aux {DATA}sst2"
+TWICE = "--steps 960 --prune_start 100 --prune_ramp 400 --finetune_steps 300"
+ARMS |= {f"{arm}, 960 steps": f"{ARMS[arm]} {TWICE}" for arm in ("both", "after")}
+LONG = ("both", "both, 960 steps", "after, 960 steps")
 RATES = ("1e-4", "3e-5", "1e-5")
 # higher learning rates, since a structure that is given does best with them: (arm, rate) -> number of seeds
-HIGHER = {("both", "2e-4"): 3, ("both", "3e-4"): 1, ("alone", "2e-4"): 1, ("every second layer", "1e-3"): 1}
-HIGHER |= {(kind, lr): 3 if lr == "5e-4" else 1 for kind in GIVEN for lr in ("2e-4", "3e-4", "5e-4")}
+HIGHER = {("both", "2e-4"): 5, ("both", "3e-4"): 1, ("alone", "2e-4"): 1, ("every second layer", "1e-3"): 1}
+HIGHER |= {(kind, lr): 5 if lr == "5e-4" else 1 for kind in GIVEN for lr in ("2e-4", "3e-4", "5e-4")}
 TRIED = (*((arm, 0.7) for arm in MAIN), ("after", 0.9))  # arms and sparsities with which all were tried
 BERT, SEEDS_OF = {}, {}  # SEEDS_OF: how many, of settings of BERT
 
@@ -108,7 +111,7 @@ def best_rate(task, arm, cut):
     90 %, where `after` has one of its own.
     """
     own = {("sst2", 0.7): "1e-5", ("sst2", 0.9): "3e-5", ("trec_coarse", 0.7): "3e-5"}
-    return own.get((task, max(cut, 0.7)), "1e-4") if arm == "after" else "1e-4"
+    return own.get((task, max(cut, 0.7)), "1e-4") if arm in ("after", LONG[2]) else "1e-4"
 
 
 def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=5):
@@ -116,7 +119,7 @@ def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=5):
     lr = lr or best_rate(task, arm, cut)
     setting = f"{task}, {labels}, {cut}, {lr}: {arm}"
     flags = f"--target {DATA}{task} --aux {DATA}{AUXILIARY[task]} {SCHEDULE} --n_target {labels} --lr {lr} "
-    flags += f"--max_length {64 if task == 'acl_arc' else 32} --sparsity {cut} {ARMS[arm]}"
+    flags += f"--max_length {READ.get(task, 32)} --sparsity {cut} {ARMS[arm]}"
     if "@BOTH" in flags:  # the structure of the gates' run, whatever rate is given
         flags = flags.replace("@BOTH", f"@{bert(task, 'both', cut, labels=labels)}")
     flags = flags.replace("TASK", task)
@@ -140,8 +143,10 @@ def bert_settings():
     for labels, arm in itertools.product((200, 0), MAIN):
         bert("acl_arc", arm, lr="1e-4", labels=labels, seeds=3)
     bert("trec_coarse", "unrelated", seeds=3)
-    for task, arm in itertools.product(BERT_PAIRS, PIECES):
+    for task, arm in itertools.product(BERT_PAIRS, (*PIECES, *LONG)):
         bert(task, arm, seeds=3)
+    for cut in (0.7, 0):
+        bert("kitchen", "both", cut, seeds=1)
 
 
 # ----------------------------------------------------------------------------- running
@@ -172,10 +177,14 @@ def append(name, row):
 
 
 def quick(flags, seed, folder):
-    """Train with flags, in a folder, and print nothing; returns what is in result.json."""
+    """Train with flags, in a folder, and print nothing; returns what is in result.json and, with
+    --vocab_size, the share of the test texts that are read differently from the parent.
+    """
     flags = [*flags.split(), "--seed", str(seed), "--out_dir", str(folder), "--device", "cpu"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        return loop.train(loop.parse_args(flags))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = loop.train(loop.parse_args(flags))
+    share = re.search(r"([\d.]+)% of the test texts are read differently", printed.getvalue())
+    return result | ({"read_differently": float(share[1]) / 100} if share else {})
 
 
 def write_task(folder, splits):
@@ -220,7 +229,7 @@ def parent_network(name, seed):
         if name.endswith("_after"):
             task = name.removesuffix("_after")
             flags = f"--init {os.environ['ENCODER']} --target {without_held_out(task)} --aux none "
-            flags += f"--sparsity 0 --max_length {64 if task == 'acl_arc' else 32} --lr 1e-4 {SCHEDULE}"
+            flags += f"--sparsity 0 --max_length {READ.get(task, 32)} --lr 1e-4 {SCHEDULE}"
         PARENTS.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=PARENTS) as made:  # two processes may make it at once
             quick(flags, seed, made)
@@ -243,7 +252,7 @@ def structure(name, file, flags, seed):
     L, H, width = next(shape for mark, shape in shapes.items() if mark in flags)
     sparsity, prob = float(f"{flags} --sparsity 0.7".partition("--sparsity ")[2].split()[0]), None
     if name in ("bottom", *ORDERS):
-        order = torch.tensor(ORDERS.get(name, range(L)))  # of layers, those to be kept first
+        order = torch.tensor(ORDERS.get(name, range(L)))
         height = torch.linspace(1, 0, L)[order.argsort()]
         prob = masks.Units(height.view(L, 1).expand(L, H), height)
     elif name.startswith("random"):
@@ -322,7 +331,6 @@ def features(net, sentences):
 
 
 COARSER = {"very positive": "positive", "very negative": "negative"}
-TARGETS = [*PAIRS.values(), ("trec_coarse", "trec_fine", 50), ("trec_coarse", "trec_fine", 1000)]
 
 
 def yardstick():
@@ -334,7 +342,7 @@ def yardstick():
     from sklearn.linear_model import LogisticRegression
 
     done, bert = {(row["setting"], row["seed"]) for row in rows("yardstick")}, None
-    for (target, aux, n), seed in itertools.product(TARGETS, SEEDS):
+    for (target, aux, n), seed in itertools.product(PAIRS.values(), SEEDS):
         splits = {split: texts(DATA + target, split) for split in ("train", "validation", "test")}
         kinds = dict.fromkeys(["TF-IDF", "MiniLM, frozen"], labelled(*splits["train"], n, seed))
         # classes of SST-5 and of fine TREC become those of SST-2 and of coarse TREC
@@ -423,19 +431,16 @@ def proxy():
 
 
 CHOICE = ("validation_accuracy", "test_accuracy")  # what chooses, and what is reported
-SIZED = (*CHOICE, "params_pruned")
 
 
 def column(name, setting, key="test_accuracy"):
-    """seed -> value of one setting, in % or in millions of parameters; "after_cut" is the test accuracy
-    right after the cut.
-    """
-    found, scale = {}, 1e-6 if key == "params_pruned" else 100
+    """seed -> 100 * value, of one setting; "after_cut" is the test accuracy right after the cut."""
+    found = {}
     for row in rows(name):
         if row["setting"] == setting:
             after_cut = row.get("accuracy_after_cut", {}).get("test")
             found[row["seed"]] = after_cut if key == "after_cut" else row[key]
-    return {seed: scale * value for seed, value in found.items() if value is not None}
+    return {seed: 100 * value for seed, value in found.items() if value is not None}
 
 
 def structure_column(name, setting, key="test_accuracy"):
@@ -497,7 +502,7 @@ def without_transfer(settings, mark):
     return {name: other if other in own else "none" for name, other in own.items()}
 
 
-def compared(*groups, keys=CHOICE):
+def compared(*groups):
     """Scores of arms from a BERT; groups: (task, cut, arms) and perhaps labels; the first arm is the one
     that the others are compared with.
     """
@@ -505,7 +510,21 @@ def compared(*groups, keys=CHOICE):
     for task, cut, arms, *labels in groups:
         names = [bert(task, arm, cut, None, *labels) for arm in arms]
         settings |= dict.fromkeys(names, names[0])
-    return scores("bert", settings, groups[0][2][0], keys)
+    return scores("bert", settings, groups[0][2][0], CHOICE)
+
+
+def pieces_table():
+    """What fewer pieces cost in accuracy, and what they save; a parameter takes four bytes."""
+    lines = []
+    for task, arm in itertools.product(BERT_PAIRS, ("both", *PIECES)):
+        own = [row for row in rows("bert") if row["setting"] == bert(task, arm)]
+        params = own[0]["params_pruned"] / 1e6
+        differ = statistics.mean(row.get("read_differently", 0) for row in own)
+        sizes = [f"{params:.1f}", f"{4 * params:.0f}", f"{differ:.1%}", min(row["seconds"] for row in own)]
+        lost = [difference("bert", bert(task, arm), bert(task, "both"), key) for key in CHOICE]
+        lines.append([f"{task}: {arm}", *(shown(gap, "+.1f") for gap in lost), *sizes, len(own)])
+    head = ["setting", "validation minus both", "test minus both", "million parameters", "megabytes"]
+    return table([*head, "read differently", "seconds", "n"], lines)
 
 
 def curve(task, arm, cut=0.7):
@@ -570,7 +589,7 @@ def structure_cells(file, name, key="test_accuracy"):
 def cuts_table():
     """Accuracy right after the cut, and at the end, by task, structure, window and steps of fine-tuning."""
     lines = []
-    for task in TASKS:
+    for task in ("built in", "trec_coarse", "sst2"):
         right_after = structure_cells("cuts", f"{task}, KIND, until the cut, 800", "after_cut")
         lines.append([task, "", 0, *right_after])
         for window, steps in itertools.product(STOPS, (25, 800)):
@@ -590,7 +609,7 @@ def same_shape(setting, other):
 
 def sparsity_table():
     lines = []
-    for start, cut in itertools.product(STARTS, (0.5, 0.6, 0.7, 0.8, 0.9)):
+    for start, cut in itertools.product(("scratch", "parent"), (0.5, 0.6, 0.7, 0.8, 0.9)):
         cells = structure_cells("sparsity", f"{start}, {cut}, KIND")
         same = same_shape(f"{start}, {cut}, learned", f"{start}, {cut}, bottom")
         if cells[-1]:
@@ -668,7 +687,9 @@ def tables():
         "structures": scores("bert", given, "both", CHOICE),
         "corpus": compared(*(("acl_arc", 0.7, MAIN, labels) for labels in (200, 0))),
         "unrelated": compared(("trec_coarse", 0.7, ["alone", "unrelated", "both"])),
-        "pieces": compared(*((task, 0.7, ["both", *PIECES]) for task in BERT_PAIRS), keys=SIZED),
+        "pieces": pieces_table(),
+        "longer": compared(*((task, 0.7, LONG) for task in BERT_PAIRS)),
+        "kitchen": compared(*(("kitchen", cut, ["both"]) for cut in (0.7, 0))),
         "built in": scores("built_in", without_transfer(FILES["built_in"], ", ")),
         "cuts": cuts_table(),
         "sparsity": sparsity_table(),

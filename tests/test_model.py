@@ -442,17 +442,6 @@ def test_pieces_are_the_longest_first_and_a_pair_has_three_special_tokens():
     assert read(("a", "wa wa wa wa"), 7) == "[CLS] a [SEP] wa wa wa [SEP]"
 
 
-def test_to_split_a_word_whole_vocabularies_are_not_compared():
-    """As a cache would that has the vocabulary in its key: one comparison takes longer than many words."""
-
-    class Vocabulary(frozenset):
-        __eq__ = None  # an error
-        __hash__ = frozenset.__hash__
-
-    for known in (Vocabulary(PIECES), Vocabulary(PIECES)):
-        assert model.split_word(PIECES[0], known) == [PIECES[0]]
-
-
 def test_a_bert_is_cased_where_a_piece_has_a_capital_letter_and_keeps_case_and_accents(tmp_path):
     """Outside of brackets. Punctuation and Chinese stand apart, and control characters go, as ever."""
     assert not model.load_bert(write_bert(tmp_path, pieces=[*PIECES, "[Paris]"])).config.cased
