@@ -528,20 +528,26 @@ def pieces_table():
 
 
 def curve(task, arm, cut=0.7):
-    """Step -> validation accuracies in % of all seeds, of an arm with 200 labels."""
+    """Step -> (seed -> validation accuracy in %), of an arm with 200 labels."""
     own = [row for row in rows("bert") if row["setting"] == bert(task, arm, cut)]
-    curves = [dict(row["validation_curve"]) for row in own]
-    return {step: [100 * accuracy[step] for accuracy in curves] for step in curves[0]}
+    curves = {row["seed"]: dict(row["validation_curve"]) for row in own}
+    steps = [step for step, _ in own[0]["validation_curve"]]
+    return {step: {seed: 100 * found[step] for seed, found in curves.items()} for step in steps}
 
 
 def curves_table():
+    """Accuracy before, while and after gates close; the change while they do, and what it is more than the
+    change that the same arm has in these steps unpruned.
+    """
     lines = []
     for task, cut, arm in itertools.product(BERT_PAIRS, CUTS, MAIN):
-        steps = curve(task, arm, cut)
-        change = shown([b - a for a, b in zip(steps[100], steps[300])], "+.1f")
-        shown_steps = [shown(steps[step]) for step in (100, 300, 480)]
-        lines.append([f"{task}, {cut}: {arm}", *shown_steps, change, len(steps[100])])
-    return table(["setting", "step 100", "step 300", "step 480", "step 300 minus 100", "n"], lines)
+        steps, unpruned = curve(task, arm, cut), curve(task, arm, 0)
+        change = minus(steps[300], steps[100])
+        more = minus(change, minus(unpruned[300], unpruned[100]))
+        accuracies = [shown(steps[step]) for step in (100, 300, 480)]
+        changes = [shown(change, "+.1f"), shown(more, "+.1f") if cut else ""]
+        lines.append([f"{task}, {cut}: {arm}", *accuracies, *changes, len(change)])
+    return table(["setting", "step 100", "step 300", "step 480", "300 minus 100", "minus unpruned", "n"], lines)
 
 
 GAPS = {  # name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
@@ -717,7 +723,7 @@ COLOURS = {"both": "#D55E00", "after": "#009E73", "alone": "#0072B2"}  # told ap
 def panels(values, xlabel, ylabel, xlim):
     """A figure with a panel for each pair: three arms from a BERT, every seed a dot, their mean a line.
 
-    values: function of task and arm that returns x -> accuracies in % of all seeds.
+    values: function of task and arm that returns x -> (seed -> accuracy in %).
     """
     import matplotlib.pyplot as plt
 
@@ -726,7 +732,7 @@ def panels(values, xlabel, ylabel, xlim):
     for axis, task in zip(axes, BERT_PAIRS):
         ends = []
         for arm in MAIN:
-            found = {x: [*seeds] for x, seeds in values(task, arm).items() if seeds}
+            found = {x: [*seeds.values()] for x, seeds in values(task, arm).items() if seeds}
             dots = [(x, accuracy) for x, seeds in found.items() for accuracy in seeds]
             axis.plot(*zip(*dots), "o", color=COLOURS[arm], alpha=0.4, mec="none")
             mean = [statistics.mean(seeds) for seeds in found.values()]
@@ -754,7 +760,7 @@ def by_sparsity():
     """A figure: test accuracy by the part of the prunable weights that is removed."""
 
     def at_cuts(task, arm):
-        return {100 * cut: column("bert", bert(task, arm, cut)).values() for cut in CUTS}
+        return {100 * cut: column("bert", bert(task, arm, cut)) for cut in CUTS}
 
     return panels(at_cuts, "removed of the prunable weights, %", "test accuracy, %", (-5, 130))
 

@@ -216,9 +216,8 @@ def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
     positions."""
     first = sorted(loop.noise_seed(seed, task, 0) for seed in range(200) for task in ("target", "auxiliary"))
     assert min(b - a for a, b in itertools.pairwise(first)) >= 10**7 and max(first) + 10**7 <= 2**32
-    flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --batch_size 20 --n_target 20"
-    flags += " --dropout 0.2"
-    seen = [watch(tmp_path, *flags.split(), "--seed", seed, every=100) for seed in range(4)]
+    flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --n_target 20 --dropout 0.2"
+    seen = [watch(tmp_path, *flags.split(), "--batch_size", 20, "--seed", seed, every=100) for seed in range(4)]
     assert [call.task for one in seen for call in one.training] == ["target", "auxiliary"] * 12
     draws = [tuple(call.drop[-1].flatten().tolist()) for one in seen for call in one.training]
     assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept
@@ -346,9 +345,8 @@ def test_pruning_reaches_its_target_and_classes_come_out_with_their_own_names(tm
     said = [{"said": f"a {row['text']}", "by": row["label"] * 2} for row in rows]
     save(tmp_path / "aux" / "train.jsonl", said)
     flags = "--steps 300 --prune_ramp 100 --finetune_steps 100 --gate_lr 0.2 --lr 0.01 --n_layer 4"
-    flags += " --sparsity 0.7"
-    flags += " --transfer_start 0 --aux_text_columns said --aux_label_column by --n_target 0 --aux"
-    result = run(tmp_path / "out", *flags.split(), tmp_path / "aux", "--target", tmp_path / "task")
+    flags += " --sparsity 0.7 --transfer_start 0 --n_target 0 --aux_text_columns said --aux_label_column by"
+    result = run(tmp_path / "out", *flags.split(), "--target", tmp_path / "task", "--aux", tmp_path / "aux")
     assert result["expected_sparsity"] == pytest.approx(0.7, abs=0.02)
     assert result["test_accuracy"] == 1 and 0.7 <= result["delivered_sparsity"] < 0.7 + 8 / 48
     network = model.GatedTransformer.load(tmp_path / "out" / "pruned.pt")
