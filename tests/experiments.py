@@ -550,11 +550,10 @@ def curves_table():
     return table(["setting", "step 100", "step 300", "step 480", "300 minus 100", "minus unpruned", "n"], lines)
 
 
-GAPS = {  # name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
-    "after minus alone": (("after", 0.7), ("alone", 0.7)),
-    "both until the cut minus after": (("both until the cut", 0.7), ("after", 0.7)),
-    "both minus unpruned alone": (("both", 0.7), ("alone", 0)),
-}
+# name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
+GAPS = {"both minus unpruned alone": (("both", 0.7), ("alone", 0))}
+for a, b in (("after", "alone"), ("both until the cut", "after"), ("both from the fine-tuned parent", "after")):
+    GAPS[f"{a} minus {b}"] = ((a, 0.7), (b, 0.7))
 for other, cut in (("after", 0.5), ("after", 0.7), ("after", 0.9), ("alone", 0.7)):
     GAPS[f"lead over {other}, {cut}"] = (("both", cut), (other, cut), ("both", 0), (other, 0))
 
