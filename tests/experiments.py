@@ -683,7 +683,7 @@ def tables():
     rates = [("1e-4", "1e-4"), ("2e-4", "5e-4")]  # of the gates' run, of a structure that is given
     for task, (own, rate) in itertools.product(BERT_PAIRS, rates):
         gates_run = bert(task, "both", lr=own)
-        given |= {gates_run: gates_run} | {bert(task, kind, lr=rate): gates_run for kind in GIVEN}
+        given |= {gates_run: bert(task, "both")} | {bert(task, kind, lr=rate): gates_run for kind in GIVEN}
     parts = {
         "arms": compared(*((task, 0.7, list(ARMS)[:5]) for task in BERT_PAIRS)),
         "rates": rates_table(),
