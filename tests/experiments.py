@@ -547,15 +547,16 @@ def curves_table():
         accuracies = [shown(steps[step]) for step in (100, 300, 480)]
         changes = [shown(change, "+.1f"), shown(more, "+.1f") if cut else ""]
         lines.append([f"{task}, {cut}: {arm}", *accuracies, *changes, len(change)])
-    return table(["setting", "step 100", "step 300", "step 480", "300 minus 100", "minus unpruned", "n"], lines)
+    head = ["setting", "step 100", "step 300", "step 480", "300 minus 100", "minus unpruned", "n"]
+    return table(head, lines)
 
 
 # name -> arms and sparsities: a minus b; of four, (a minus b) minus (c minus d)
 GAPS = {"both minus unpruned alone": (("both", 0.7), ("alone", 0))}
-for a, b in (("after", "alone"), ("both until the cut", "after"), ("both from the fine-tuned parent", "after"),
-             (LONG[0], "both"), (LONG[1], "after"), LONG):  # fmt: skip
-    GAPS[f"{a} minus {b}"] = ((a, 0.7), (b, 0.7))
-for other, cut in (("after", 0.5), ("after", 0.7), ("after", 0.9), ("alone", 0.7)):
+AGAINST = {"both until the cut": "after", "both from the fine-tuned parent": "after", LONG[0]: "both"}
+for arm, other in (*AGAINST.items(), LONG):
+    GAPS[f"{arm} minus {other}"] = ((arm, 0.7), (other, 0.7))
+for other, cut in itertools.product(("after", "alone"), (0.5, 0.7, 0.9)):
     GAPS[f"lead over {other}, {cut}"] = (("both", cut), (other, cut), ("both", 0), (other, 0))
 
 
@@ -678,7 +679,7 @@ def speed_table():
 def tables():
     """Fill tests/results/README.md: what stands between <!-- NAME --> and <!-- end --> is written anew."""
     real = [name for pair in PAIRS for name in FILES["real"] if pair in name and name.endswith(RECIPES)]
-    parents = sorted(name for name in FILES["parent"] if "rest" not in name and "gates" not in name)
+    parents = sorted(name for name in FILES["parent"] if "rest" not in name and name.endswith(RECIPES))
     kitchen, given = [("kitchen", cut, ["both"]) for cut in (0.7, 0)], {}
     rates = [("1e-4", "1e-4"), ("2e-4", "5e-4")]  # of the gates' run, of a structure that is given
     for task, (own, rate) in itertools.product(BERT_PAIRS, rates):
