@@ -491,7 +491,8 @@ def scores(file, settings, baseline="none", keys=("test_accuracy",)):
         found = [shown(column(file, setting, key)) for key in keys]
         gains = [shown(difference(file, setting, other, key), "+.1f") for key in keys]
         if n := len(column(file, setting)):
-            name = setting.replace(", 200,", ",")  # of a run from a BERT: nearly all have 200 labels
+            name = setting.replace(", 0, 0.7,", ", all labels,")  # from a BERT
+            name = name.replace(", 200,", ",").replace(", 0.7,", ",")  # what most of these runs have
             lines.append([name, *found, *(gains if setting != other else [""] * len(keys)), n])
     return table(["setting", *names, *(f"{name} minus {baseline}" for name in names), "n"], lines)
 
@@ -577,7 +578,8 @@ def rates_table():
     lines, rates = [], sorted({lr for _, lr in HIGHER} | {*RATES}, key=float, reverse=True)
     for task, (arm, cut) in itertools.product(BERT_PAIRS, (*TRIED, *((kind, 0.7) for kind in GIVEN))):
         found = [column("bert", bert(task, arm, cut, lr), CHOICE[0]).get(0) for lr in rates]
-        lines.append([f"{task}, {cut}: {arm}", *(f"{x:.1f}" if x else "-" for x in found), 1])
+        name = f"{task}, {cut}: {arm}".replace(", 0.7:", ":")
+        lines.append([name, *(f"{x:.1f}" if x else "-" for x in found), 1])
     return table(["setting", *rates, "n"], lines)
 
 
