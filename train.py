@@ -539,7 +539,8 @@ def report(r):
 
 def compare(args):
     """Run every seed with transfer and without, each in a folder of its own in out_dir; print means
-    and what transfer adds, paired by seed. With --resume no complete run is trained again.
+    and what transfer adds, paired by seed. All runs are tested on the same texts: where these are
+    few, their chance is not in the interval. With --resume no complete run is trained again.
     """
     results = {"transfer": [], "no_transfer": []}
     for seed in range(args.seed, args.seed + args.seeds):
@@ -552,7 +553,7 @@ def compare(args):
         helped, alone = ([100 * r[f"{split}_accuracy"] for r in runs] for runs in results.values())
         gain, half = interval(np.subtract(helped, alone))
         print(f"{split} accuracy {np.mean(helped):.1f} with transfer, {np.mean(alone):.1f} without,"
-              f" gain {gain:.1f}, 95 % t-interval {gain - half:.1f} to {gain + half:.1f}")
+              f" gain {gain:.1f}, 95 % interval over seeds {gain - half:.1f} to {gain + half:.1f}")
 
 
 def interval(values):
