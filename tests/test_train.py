@@ -217,7 +217,7 @@ def test_noise_subset_order_and_initial_weights_follow_the_seed(tmp_path):
     first = sorted(loop.noise_seed(seed, task, 0) for seed in range(200) for task in ("target", "auxiliary"))
     assert min(b - a for a, b in itertools.pairwise(first)) >= 10**7 and max(first) + 10**7 <= 2**32
     flags = "--steps 3 --finetune_steps 1 --sparsity 0 --transfer_start 0 --n_target 20 --dropout 0.2"
-    seen = [watch(tmp_path, *flags.split(), "--batch_size", 20, "--seed", seed, every=100) for seed in range(4)]
+    seen = [watch(tmp_path, *flags.split(), "--batch_size", 20, "--seed", i, every=100) for i in range(4)]
     assert [call.task for one in seen for call in one.training] == ["target", "auxiliary"] * 12
     draws = [tuple(call.drop[-1].flatten().tolist()) for one in seen for call in one.training]
     assert len(set(draws)) == 24 and {max(draw) for draw in draws} == {1.25}  # of what is kept
