@@ -111,7 +111,7 @@ def best_rate(task, arm, cut):
     90 %, where `after` has one of its own.
     """
     own = {("sst2", 0.7): "1e-5", ("sst2", 0.9): "3e-5", ("trec_coarse", 0.7): "3e-5"}
-    return own.get((task, max(cut, 0.7)), "1e-4") if arm in ("after", LONG[1]) else "1e-4"
+    return own.get((task, max(cut, 0.7)), "1e-4") if arm.startswith("after") else "1e-4"
 
 
 def bert(task, arm, cut=0.7, lr=None, labels=200, seeds=5):
